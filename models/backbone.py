@@ -1,0 +1,91 @@
+"""Backbone: `Qwen2MoeForCausalLM` as transformers ships it, and what its router is told and asked."""
+
+# B batch, T tokens, H hidden width, L layers, E experts
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import Qwen2Config, Qwen2Model, Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+from omnimri.models.config import BackboneConfig, TextEncoderConfig
+
+
+def build_backbone(config: BackboneConfig) -> Qwen2MoeForCausalLM:
+    """A freshly initialised backbone; its saved folder is served by vLLM as it is."""
+    return Qwen2MoeForCausalLM(
+        Qwen2MoeConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.shared_width,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            num_key_value_heads=config.num_kv_heads,
+            num_experts=config.num_experts,
+            num_experts_per_tok=config.experts_per_token,
+            moe_intermediate_size=config.expert_width,
+            shared_expert_intermediate_size=config.shared_width,
+            norm_topk_prob=True,
+            decoder_sparse_step=1,
+            max_position_embeddings=config.max_positions,
+            tie_word_embeddings=config.tie_embeddings,
+            pad_token_id=0,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    )
+
+
+def build_text_encoder(config: TextEncoderConfig, vocab_size: int) -> Qwen2Model:
+    """The light text tower of stage 2."""
+    return Qwen2Model(
+        Qwen2Config(
+            vocab_size=vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.width,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            num_key_value_heads=config.num_kv_heads,
+            pad_token_id=0,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    )
+
+
+def router_statistics(router_logits: tuple[Tensor, ...], top_k: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """How the router spreads the chosen tokens, layer by layer.
+
+    Args:
+        router_logits: Per layer `(B * T, E)`.
+        top_k: Experts per token.
+        tokens: Bool `(B, T)`, the tokens that count (padding and the other modality left out).
+
+    Returns:
+        `load` `(L, E)`: share of tokens sent to each expert, summing to `top_k`; and `probability` `(L, E)`: mean
+        router probability, summing to one.
+    """
+    chosen = tokens.reshape(-1)
+    loads, probabilities = [], []
+    for logits in router_logits:
+        softmax = logits.float().softmax(-1)[chosen]
+        experts = softmax.topk(top_k, dim=-1).indices
+        one_hot = torch.zeros_like(softmax).scatter_(1, experts, 1.0)
+        count = max(1, softmax.shape[0])
+        loads.append(one_hot.sum(0) / count)
+        probabilities.append(softmax.sum(0) / count)
+    return torch.stack(loads), torch.stack(probabilities)
+
+
+def balance_loss(load: Tensor, probability: Tensor, top_k: int) -> Tensor:
+    """`E / k * sum_e f_e P_e`, averaged over layers: one when balanced, E / k when collapsed.
+
+    Switch Transformer eq. 4 (arXiv 2101.03961) per layer. transformers' own version pools the layers, and so does
+    not see layers that collapse on different experts.
+    """
+    return (load.detach() * probability).sum(-1).mean() * load.shape[-1] / top_k
+
+
+def router_z_loss(router_logits: tuple[Tensor, ...]) -> Tensor:
+    """Mean squared log-sum-exp of the router logits (ST-MoE, arXiv 2202.08906, eq. 5)."""
+    return torch.stack([logits.float().logsumexp(-1).square().mean() for logits in router_logits]).mean()

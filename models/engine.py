@@ -1,0 +1,338 @@
+"""From a checkpoint to answers: the one inference path, used by evaluation and by serving.
+
+An engine may hold only the parts that its replica needs: `encoder` makes prompts, `text` writes, `image` draws. What
+crosses between them are plain arrays.
+"""
+
+# Z Y X native voxels, L sequence length, H backbone width, K queries, P condition width, S samples
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from omnimri.models import tokenizer as special
+from omnimri.models.boxes import Box, BoxCoder, text_to_boxes
+from omnimri.models.collate import sequence_batch
+from omnimri.models.image_decoder import Measurement
+from omnimri.models.objectives import slice_pyramid
+from omnimri.models.omnimri import OmniMRI, read_index
+from omnimri.models.physics import SenseOperator, estimate_sens_maps, relative_residual
+from omnimri.models.preprocess import Preprocess
+from omnimri.models.prompts import SequenceBuilder, untagged
+from omnimri.models.scan import Scan
+from omnimri.models.tokenizer import load_tokenizer
+from omnimri.models.vocabulary import CONTRASTS, IMAGE_TASKS, TASKS
+
+PARTS = {
+    "encoder": ("vision", "align", "backbone", "connector"),
+    "text": ("backbone",),
+    "image": ("vision", "image_decoder"),
+}
+SLICES_PER_PASS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """What the encoder hands to a decoder."""
+
+    task: str
+    instruction: str
+    token_ids: np.ndarray
+    """Int64 `(L,)`, visual positions holding the placeholder."""
+    embeds: np.ndarray
+    """Float32 `(L, H)`: the whole prompt as embeddings."""
+    queries: np.ndarray | None
+    """Float32 `(K, P)`: the image decoder's condition; None for text tasks."""
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextAnswer:
+    """Generated text."""
+
+    text: str
+    """As written, with its special tokens; `readable` is for people."""
+    token_ids: list[int]
+    logprob: float
+    """Mean log-probability per token."""
+
+    @property
+    def readable(self) -> str:
+        return untagged(self.text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reconstruction:
+    """A reconstructed scan on its native grid."""
+
+    image: np.ndarray
+    """Complex64 `(Z, Y, X)`, in the units of the k-space; the mean over the samples."""
+    uncertainty: np.ndarray | None
+    """Standard deviation of the magnitude over the samples, `(Z, Y, X)`; None for a single one."""
+    residual: float
+    """`|A x - y| / |y|` over the whole scan: distance from what was measured."""
+
+    @property
+    def magnitude(self) -> np.ndarray:
+        return np.abs(self.image)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segmentation:
+    """Masks by structure on the native grid."""
+
+    masks: dict[str, np.ndarray]
+    """Bool `(Z, Y, X)`."""
+    probabilities: dict[str, np.ndarray] = field(repr=False)
+    """Float32 `(Z, Y, X)`."""
+
+
+class Engine:
+    """A loaded checkpoint."""
+
+    def __init__(self, model: OmniMRI, tokenizer: PreTrainedTokenizerBase, version: str) -> None:
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.version = version
+        self.preprocess = Preprocess(model.config.inputs)
+
+    @classmethod
+    def load(cls, folder: Path | str, *, parts: Sequence[str] = ("encoder", "text", "image")) -> Engine:
+        """Read a checkpoint folder, only the parts that are asked for.
+
+        Raises:
+            ValueError: If the folder is no checkpoint, or a part is unknown.
+        """
+        if unknown := set(parts) - set(PARTS):
+            raise ValueError(f"Unknown engine parts {sorted(unknown)}; known: {', '.join(PARTS)}.")
+        wanted = {name for part in parts for name in PARTS[part]}
+        model = OmniMRI.load(folder, parts=wanted)
+        return cls(model, load_tokenizer(Path(folder) / "tokenizer"), read_index(folder)["version"])
+
+    @property
+    def sequences(self) -> SequenceBuilder:
+        """Layout of this model's token sequences."""
+        return sequence_builder(self.model.config, self.tokenizer)
+
+    # -- encoder -----------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def encode(self, scan: Scan, instruction: str, task: str) -> Prompt:
+        """Look at a scan with an instruction in mind.
+
+        Args:
+            scan: For `reconstruct` with `kspace` and `mask`; its image is then the zero-filled one.
+            instruction: Natural language.
+            task: One of the five tasks.
+
+        Raises:
+            ValueError: If the task is unknown.
+        """
+        if task not in TASKS:
+            raise ValueError(f"Task {task!r} is unknown; known: {', '.join(TASKS)}.")
+        volume = self.preprocess.volume(scan)
+        contrast = scan.facts.get("contrast")
+        index = CONTRASTS.index(contrast) if contrast in CONTRASTS else len(CONTRASTS)
+        visual = self.model.aligned_tokens(volume.volume[None], volume.spacing_mm[None], torch.tensor([index]))
+        sequence = self.sequences.request(instruction, scan.facts, task)
+        batch = sequence_batch([sequence], self.sequences)
+        embeds = self.model.embed(batch["token_ids"], visual, batch["visual_places"])
+        queries = self._queries(embeds, batch["query_places"]) if task in IMAGE_TASKS else None
+        return Prompt(
+            task=task,
+            instruction=instruction,
+            token_ids=sequence.token_ids,
+            embeds=embeds[0].float().numpy(),
+            queries=queries,
+            warnings=tuple(self._warnings(scan)),
+        )
+
+    def _queries(self, embeds: Tensor, places: Tensor) -> np.ndarray:
+        hidden = self.model.backbone.model(inputs_embeds=embeds).last_hidden_state
+        return self.model.connector(hidden[places][None])[0].float().numpy()
+
+    def _warnings(self, scan: Scan) -> Iterator[str]:
+        """Where a scan is unlike what the model was trained on, as far as its header and grid tell."""
+        contrast, body = scan.facts.get("contrast"), scan.facts.get("body_part")
+        if contrast not in CONTRASTS:
+            yield f"Contrast {contrast or 'unknown'} is outside the training domain ({', '.join(CONTRASTS)})."
+        if body and str(body).lower() not in ("brain", "head"):
+            yield f"Body part {body} is outside the training domain (brain)."
+        if min(scan.image.shape[-2:]) < 32:
+            yield f"Matrix {scan.image.shape[1]} x {scan.image.shape[2]} is smaller than any seen in training."
+
+    # -- text --------------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def generate_text(
+        self, prompt: Prompt, *, max_new_tokens: int = 192, temperature: float = 0.0, seed: int = 0
+    ) -> TextAnswer:
+        """The whole answer to a text prompt; greedy at temperature 0."""
+        steps = list(self._decode(prompt, max_new_tokens, temperature, seed))
+        ids = [token for token, _ in steps]
+        mean = math.fsum(logprob for _, logprob in steps) / max(1, len(steps))
+        return TextAnswer(text=self.tokenizer.decode(ids), token_ids=ids, logprob=mean)
+
+    def stream_text(
+        self, prompt: Prompt, *, max_new_tokens: int = 192, temperature: float = 0.0, seed: int = 0
+    ) -> Iterator[str]:
+        """Pieces of the readable answer as they are written."""
+        ids: list[int] = []
+        shown = ""
+        with torch.inference_mode():
+            for token, _ in self._decode(prompt, max_new_tokens, temperature, seed):
+                ids.append(token)
+                text = untagged(self.tokenizer.decode(ids))
+                if text.startswith(shown) and len(text) > len(shown) and not text.endswith("\ufffd"):
+                    yield text[len(shown) :]
+                    shown = text
+
+    def _decode(self, prompt: Prompt, limit: int, temperature: float, seed: int) -> Iterator[tuple[int, float]]:
+        """Token ids with their log-probabilities, up to the end of the turn."""
+        generator = torch.Generator().manual_seed(seed)
+        end = self.tokenizer.convert_tokens_to_ids(special.TURN_END)
+        cache = None
+        embeds = torch.from_numpy(prompt.embeds)[None]
+        for _ in range(limit):
+            output = self.model.backbone(inputs_embeds=embeds, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache = output.past_key_values
+            log_probability = output.logits[0, -1].float().log_softmax(-1)
+            if temperature > 0:
+                token = int(torch.multinomial((log_probability / temperature).softmax(-1), 1, generator=generator))
+            else:
+                token = int(log_probability.argmax())
+            if token == end:
+                return
+            yield token, float(log_probability[token])
+            embeds = self.model.backbone.get_input_embeddings()(torch.tensor([[token]]))
+
+    @torch.inference_mode()
+    def score_choices(self, prompt: Prompt, choices: Sequence[str]) -> np.ndarray:
+        """Probability of each of several whole answers, summing to one `(len(choices),)`."""
+        encoded = [self.tokenizer.encode(choice, add_special_tokens=False) for choice in choices]
+        lengths = torch.tensor([len(ids) for ids in encoded])
+        padded = torch.zeros(len(encoded), int(lengths.max()), dtype=torch.long)
+        for row, ids in zip(padded, encoded, strict=True):
+            row[: len(ids)] = torch.tensor(ids)
+        start = torch.from_numpy(prompt.embeds)[None].expand(len(encoded), -1, -1)
+        embeds = torch.cat([start, self.model.backbone.get_input_embeddings()(padded)], dim=1)
+        logits = self.model.backbone(inputs_embeds=embeds, logits_to_keep=padded.shape[1] + 1).logits[:, :-1]
+        token_scores = logits.float().log_softmax(-1).gather(-1, padded[..., None])[..., 0]
+        counted = torch.arange(padded.shape[1])[None] < lengths[:, None]
+        return (token_scores * counted).sum(1).softmax(0).numpy()
+
+    def boxes(self, answer: str, scan: Scan) -> list[Box]:
+        """Boxes of a detection answer on the scan's native grid.
+
+        Raises:
+            ValueError: If the answer cannot be read.
+        """
+        return text_to_boxes(answer, BoxCoder(scan, self.preprocess))
+
+    # -- image -------------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def reconstruct(
+        self, scan: Scan, prompt: Prompt, *, num_steps: int = 4, seed: int = 0, num_samples: int = 1
+    ) -> Reconstruction:
+        """The image of an undersampled scan.
+
+        Args:
+            scan: With `kspace` and `mask`.
+            prompt: From `encode(scan, ..., "reconstruct")`.
+            num_steps: Steps along the bridge, 1 to 50.
+            seed: Of the samples' noise.
+            num_samples: 1 walks the bridge without noise; more give a mean and an uncertainty map.
+
+        Raises:
+            ValueError: If the scan has no k-space or the prompt is of another task.
+        """
+        if scan.kspace is None:
+            raise ValueError("reconstruct: the scan has no k-space; give raw data (fastMRI HDF5 or ISMRMRD).")
+        queries = _queries_of(prompt, "reconstruct")
+        kspace = torch.tensor(scan.kspace)
+        mask = torch.ones(kspace.shape[-1], dtype=torch.bool) if scan.mask is None else torch.tensor(scan.mask)
+        operator = SenseOperator(estimate_sens_maps(kspace, mask), mask)
+        generator = torch.Generator().manual_seed(seed)
+        samples = torch.stack(
+            [self._sample(kspace, operator, queries, num_steps, num_samples > 1, generator) for _ in range(num_samples)]
+        )
+        image = samples.mean(0)
+        norms = kspace.abs().square().sum(dim=(1, 2, 3))
+        residuals = relative_residual(image, kspace, operator)
+        spread = samples.abs().std(0).numpy() if num_samples > 1 else None
+        return Reconstruction(
+            image=image.numpy(),
+            uncertainty=spread,
+            residual=float(((residuals.square() * norms).sum() / norms.sum().clamp_min(1e-12)).sqrt()),
+        )
+
+    def _sample(
+        self, kspace: Tensor, operator: SenseOperator, queries: Tensor, num_steps: int, noisy: bool,
+        generator: torch.Generator,
+    ) -> Tensor:  # fmt: skip
+        """One reconstruction of all slices, complex `(Z, Y, X)`, a few slices at a time."""
+        images = []
+        decoder = self.model.image_decoder
+        for chunk in torch.arange(len(kspace)).split(SLICES_PER_PASS):
+            local = SenseOperator(operator.sens_maps[chunk], operator.mask)
+            zero_filled = local.adjoint(kspace[chunk])
+            scale = zero_filled.abs().amax(dim=(-2, -1)).clamp_min(1e-12)[:, None, None]
+            measured = Measurement(kspace[chunk] / scale[:, None], local, zero_filled / scale)
+            image = decoder.reconstruct(
+                measured, queries.expand(len(chunk), -1, -1), slice_pyramid(self.model, measured.zero_filled.abs()),
+                num_steps=num_steps, noise=decoder.config.recon_noise if noisy else 0.0, generator=generator,
+            )  # fmt: skip
+            images.append(image * scale)
+        return torch.cat(images)
+
+    @torch.inference_mode()
+    def segment(
+        self, scan: Scan, prompts: dict[str, Prompt], *, num_steps: int = 2, seed: int = 0
+    ) -> Segmentation:
+        """Masks of the structures that the prompts ask for, one prompt each.
+
+        Args:
+            scan: The image.
+            prompts: By structure, from `encode(scan, ..., "segment")`.
+            num_steps: Steps along the bridge; one is a plain segmentation network.
+            seed: Kept for samplers with noise; the bridge is walked without it.
+
+        Raises:
+            ValueError: If a prompt is of another task.
+        """
+        source = self.preprocess.slices(scan)
+        probabilities: dict[str, np.ndarray] = {}
+        chunks = torch.arange(len(source.slices)).split(SLICES_PER_PASS)
+        pyramids = [slice_pyramid(self.model, source.slices[chunk]) for chunk in chunks]
+        for structure, prompt in prompts.items():
+            queries = _queries_of(prompt, "segment")
+            parts = [
+                self.model.image_decoder.segment(
+                    source.slices[chunk], queries.expand(len(chunk), -1, -1), pyramid, num_steps=num_steps,
+                    generator=torch.Generator().manual_seed(seed),
+                )
+                for chunk, pyramid in zip(chunks, pyramids, strict=True)
+            ]  # fmt: skip
+            probabilities[structure] = self.preprocess.to_native(torch.cat(parts), source).astype(np.float32)
+        return Segmentation(masks={name: p >= 0.5 for name, p in probabilities.items()}, probabilities=probabilities)
+
+
+def sequence_builder(config, tokenizer: PreTrainedTokenizerBase) -> SequenceBuilder:
+    """The layout of token sequences for a model configuration."""
+    grid = [-(-s // t) for s, t in zip(config.inputs.volume_shape, config.vision.token_stride, strict=True)]
+    return SequenceBuilder(tokenizer, num_visual=math.prod(grid), num_queries=config.connector.num_queries)
+
+
+def _queries_of(prompt: Prompt, task: str) -> Tensor:
+    if prompt.task != task or prompt.queries is None:
+        raise ValueError(f"{task}: expected a prompt of that task, found one of {prompt.task!r}.")
+    return torch.tensor(prompt.queries)

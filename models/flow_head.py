@@ -1,0 +1,75 @@
+"""Visual next-token head: a small flow-matching network that predicts the next continuous visual token.
+
+MAR (arXiv 2406.11838) predicts continuous tokens by a per-token diffusion network; Ming-UniVision (arXiv 2510.06590)
+does so by rectified flow on the hidden states of a language model, as here.
+"""
+
+# M tokens, V token width, H hidden width
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from omnimri.models.config import FlowHeadConfig
+
+
+class FlowHead(nn.Module):
+    """MLP with adaptive layer norm: velocity of a noisy token, given the hidden state before it."""
+
+    def __init__(self, config: FlowHeadConfig, token_dim: int, hidden_size: int) -> None:
+        super().__init__()
+        self.config = config
+        width = config.width
+        self.input = nn.Linear(token_dim, width)
+        self.time = nn.Sequential(nn.Linear(2 * _FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+        self.condition = nn.Linear(hidden_size, width)
+        self.blocks = nn.ModuleList(_Block(width) for _ in range(config.depth))
+        self.output = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, token_dim))
+        nn.init.zeros_(self.output[1].weight)
+        nn.init.zeros_(self.output[1].bias)
+
+    def forward(self, noisy: Tensor, time: Tensor, hidden: Tensor) -> Tensor:
+        """Velocity `(M, V)` from `noisy` `(M, V)`, `time` `(M,)` in [0, 1] and `hidden` `(M, H)`."""
+        condition = self.time(_sinusoids(time)) + self.condition(hidden)
+        x = self.input(noisy)
+        for block in self.blocks:
+            x = block(x, condition)
+        return self.output(x)
+
+    def loss(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+        """Flow-matching error `E |f(y_t, t, h) - (eps - y)|^2 / V` of tokens `(M, V)`.
+
+        Targets are detached: with a trainable target the loss would fall by collapse. Runs in float32.
+        """
+        tokens = tokens.detach().float().repeat(self.config.repeats, 1)
+        hidden = hidden.float().repeat(self.config.repeats, 1)
+        time = torch.sigmoid(torch.randn(tokens.shape[0], device=tokens.device))
+        noise = torch.randn_like(tokens)
+        noisy = (1 - time[:, None]) * tokens + time[:, None] * noise
+        return (self(noisy, time, hidden) - (noise - tokens)).square().mean()
+
+
+class _Block(nn.Module):
+    """Residual MLP modulated by shift, scale and gate (adaLN-Zero, DiT, arXiv 2212.09748)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 3 * width))
+        nn.init.zeros_(self.modulation[1].weight)
+        nn.init.zeros_(self.modulation[1].bias)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        shift, scale, gate = self.modulation(condition).chunk(3, dim=-1)
+        return x + gate * self.mlp(self.norm(x) * (1 + scale) + shift)
+
+
+_FREQUENCIES = 16
+
+
+def _sinusoids(time: Tensor) -> Tensor:
+    frequencies = torch.exp(torch.linspace(0.0, 6.0, _FREQUENCIES, device=time.device))
+    phase = time.float()[:, None] * frequencies
+    return torch.cat([phase.sin(), phase.cos()], dim=-1)

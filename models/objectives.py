@@ -1,0 +1,314 @@
+"""What each training stage minimises: one module per stage, from a batch to its losses.
+
+`objective(batch)` returns scalars; `loss` is minimised, the others are there to be watched.
+"""
+
+# B volumes, S slices per volume, N visual tokens, L sequence length, H backbone width, K queries
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from omnimri.models.augment import augment
+from omnimri.models.backbone import balance_loss, router_statistics, router_z_loss
+from omnimri.models.image_decoder import Measurement, bridge_state
+from omnimri.models.omnimri import OmniMRI
+from omnimri.models.physics import SenseOperator
+from omnimri.models.prompts import IGNORED
+from omnimri.models.ssl_heads import instance_loss, masked_image_loss, neighbour_contrast_loss
+from omnimri.models.vision import visual_tokens
+
+Batch = dict[str, Tensor]
+Losses = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossWeights:
+    """Weights of the parts of each stage's loss."""
+
+    patch_contrast: float = 0.5
+    """Stage 1: neighbouring patches, beside masked image modelling at 1."""
+    instance: float = 0.5
+    """Stage 1: instance discrimination of volumes."""
+    mask_ratio: float = 0.6
+    """Stage 1: share of token-sized blocks that are masked."""
+    visual: float = 0.5
+    """Stage 3: next visual token, beside the next text token at 1."""
+    balance: float = 0.01
+    """Stages 3 and 4: load balance of the router."""
+    router_z: float = 0.001
+    """Stages 3 and 4: size of the router's logits."""
+    image: float = 1.0
+    """Stage 4: image losses, beside the text loss at 1."""
+    bridge_share: float = 0.5
+    """Stage 4: share of samples drawn inside the bridge; the others stand at its start, where one step decides."""
+
+
+class VisionPretraining(nn.Module):
+    """Stage 1: masked image modelling, neighbouring-patch contrast, instance discrimination."""
+
+    def __init__(self, model: OmniMRI, weights: LossWeights) -> None:
+        super().__init__()
+        self.model, self.weights = model, weights
+
+    def forward(self, batch: Batch) -> Losses:
+        """`batch`: `volume` `(B, 1, D, H, W)`, `attributes` `(B, A)`."""
+        volume, vision, heads = batch["volume"], self.model.vision, self.model.ssl_heads
+        shape = tuple(volume.shape[2:])
+        grid = vision.token_grid(shape)
+        blocks = torch.rand(2 * len(volume), *grid, device=volume.device) < self.weights.mask_ratio
+        blocks[len(volume) :] = False  # the second view stays whole: it is the contrast's target
+        masked_patches = _spread(blocks, self.model.config.vision.token_stride, vision.config.patch_size, shape)
+        views = torch.cat([augment(volume), augment(volume)])
+        tokens = visual_tokens(vision(views, masked_patches))
+        masked = _spread(blocks, self.model.config.vision.token_stride, (1, 1, 1), shape)[: len(volume), None]
+        foreground = volume > volume.amin(dim=(2, 3, 4), keepdim=True) + 0.5
+        first, second = tokens.chunk(2)
+        losses = {
+            "loss_mim": masked_image_loss(heads.predict_pixels(first, grid, shape), volume, masked, foreground),
+            "loss_patch": self._patch_loss(first, second, grid),
+            "loss_instance": instance_loss(heads.volume(tokens.mean(1)), batch["attributes"]),
+        }
+        losses["loss"] = (
+            losses["loss_mim"]
+            + self.weights.patch_contrast * losses["loss_patch"]
+            + self.weights.instance * losses["loss_instance"]
+        )
+        return losses
+
+    def _patch_loss(self, first: Tensor, second: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """Positive: the token one step away along a random in-plane axis of the other view (the edge stays)."""
+        projected = self.model.ssl_heads.patch(torch.cat([first, second]))
+        anchors, others = projected.chunk(2)
+        others = others.unflatten(1, grid)
+        axis = 2 + int(torch.randint(2, ()))
+        index = (torch.arange(others.shape[axis], device=others.device) + 1).clamp_max(others.shape[axis] - 1)
+        return neighbour_contrast_loss(anchors, others.index_select(axis, index).flatten(1, 3))
+
+
+class Alignment(nn.Module):
+    """Stage 2: image-text contrast with the encoder frozen; equal texts and one study's volumes are all positives."""
+
+    def __init__(self, model: OmniMRI) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch) -> Losses:
+        """`batch`: `volume`, `spacing_mm`, `contrast`, `text_ids` `(B, L)`, `text_lengths` `(B,)`, `text_group` `(B,)`."""
+        tokens = self.model.aligned_tokens(batch["volume"], batch["spacing_mm"], batch["contrast"])
+        places = torch.arange(batch["text_ids"].shape[1], device=tokens.device)
+        attended = (places[None] < batch["text_lengths"][:, None]).long()
+        states = self.model.text_encoder(batch["text_ids"], attention_mask=attended).last_hidden_state
+        last = states[torch.arange(len(states), device=states.device), batch["text_lengths"] - 1]
+        image, text, scale = self.model.clip_head(tokens, last)
+        image, text, group = _gather(image), _gather(text), _gather(batch["text_group"])
+        target = (group[:, None] == group[None]).float()
+        target = target / target.sum(1, keepdim=True)
+        logits = scale * image @ text.T
+        loss = 0.5 * (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))
+        best = logits.argmax(1)
+        matched = (group[best] == group).float().mean()
+        # What a perfect match would still cost: repeated texts share their probability.
+        floor = -(target * target.clamp_min(1e-12).log()).sum(1).mean()
+        return {"loss": loss, "loss_clip": loss.detach() - floor, "retrieval_at_1": matched}
+
+
+class MultimodalPretraining(nn.Module):
+    """Stage 3: the next token, whichever its modality, over interleaved visual and text tokens."""
+
+    def __init__(self, model: OmniMRI, weights: LossWeights) -> None:
+        super().__init__()
+        self.model, self.weights = model, weights
+
+    def forward(self, batch: Batch) -> Losses:
+        """`batch`: `volume`, `spacing_mm`, `contrast`, and the sequence fields of `collate`."""
+        with torch.no_grad():
+            vision_tokens = visual_tokens(self.model.vision(batch["volume"]))
+        visual = self.model.align_tokens(vision_tokens, batch["spacing_mm"], batch["contrast"])
+        hidden, losses = _run_backbone(self.model, batch, visual)
+        before = batch["visual_places"].roll(-1, dims=1)
+        before[:, -1] = False
+        losses["loss_visual"] = self.model.flow_head.loss(vision_tokens.flatten(0, 1), hidden[before])
+        losses["loss"] = (
+            losses["loss_text"] + self.weights.visual * losses["loss_visual"] + _router_terms(losses, self.weights)
+        )
+        return losses
+
+
+class InstructionTuning(nn.Module):
+    """Stage 4: text answers and image answers of one backbone, optimised together.
+
+    A batch is of one kind (`slice_target`, `kspace` or neither), the same on every worker: workers that ran
+    different heads in one step would get silently wrong gradients under ZeRO.
+    """
+
+    def __init__(self, model: OmniMRI, weights: LossWeights) -> None:
+        super().__init__()
+        self.model, self.weights = model, weights
+
+    def forward(self, batch: Batch) -> Losses:
+        """`batch`: the sequence fields of stage 3, and `kspace`, `mask`, `sens_maps`, `target` or `slices`,
+        `slice_target` for image answers, S slices per volume flattened into the batch."""
+        visual = self.model.aligned_tokens(batch["volume"], batch["spacing_mm"], batch["contrast"])
+        hidden, losses = _run_backbone(self.model, batch, visual)
+        losses["loss"] = losses["loss_text"] + _router_terms(losses, self.weights)
+        if "kspace" in batch:
+            losses["loss_reconstruct"] = self._reconstruction_loss(batch, self._condition(batch, hidden))
+            losses["loss"] = losses["loss"] + self.weights.image * losses["loss_reconstruct"]
+        elif "slice_target" in batch:
+            losses |= self._segmentation_losses(batch, self._condition(batch, hidden))
+            losses["loss"] = losses["loss"] + self.weights.image * losses["loss_segment"]
+        return losses
+
+    def _condition(self, batch: Batch, hidden: Tensor) -> Tensor:
+        """Connector output per slice, `(B S, K, P)`."""
+        states = hidden[batch["query_places"]].unflatten(0, (len(hidden), -1))
+        num_slices = len(batch["kspace"] if "kspace" in batch else batch["slices"]) // len(hidden)
+        return self.model.connector(states).repeat_interleave(num_slices, dim=0)
+
+    def _reconstruction_loss(self, batch: Batch, condition: Tensor) -> Tensor:
+        """Mean absolute error of the complex image plus half of one minus SSIM of its magnitude."""
+        operator = SenseOperator(batch["sens_maps"], batch["mask"][:, None, None])
+        measured = Measurement(batch["kspace"], operator, operator.adjoint(batch["kspace"]))
+        pyramid = self._pyramid(measured.zero_filled.abs())
+        target = batch["target"]
+        time = self._times(len(target), target.device)
+        state = bridge_state(target, measured.zero_filled, time, self.model.config.image_decoder.recon_noise)
+        clean = self.model.image_decoder.predict_image(state, time, measured, condition, pyramid)
+        difference = torch.view_as_real(clean - target).abs().mean() * 10.0
+        return difference + 0.5 * (1 - _ssim(clean.abs(), target.abs()))
+
+    def _segmentation_losses(self, batch: Batch, condition: Tensor) -> Losses:
+        """Cross-entropy plus Dice over the batch, of the mask logit (nnU-Net's loss)."""
+        slices, target = batch["slices"], batch["slice_target"].float()
+        time = self._times(len(slices), slices.device)
+        signed = 2 * target - 1
+        state = bridge_state(signed, torch.zeros_like(signed), time, self.model.config.image_decoder.segment_noise)
+        logit = self.model.image_decoder.predict_mask(state, slices, time, condition, self._pyramid(slices))
+        probability = logit.sigmoid()
+        # Dice per volume, so that a structure that one volume lacks does not weigh on the others.
+        volumes = len(batch["token_ids"])
+        overlap = (probability * target).unflatten(0, (volumes, -1)).sum(dim=(1, 2, 3))
+        size = (probability + target).unflatten(0, (volumes, -1)).sum(dim=(1, 2, 3))
+        dice = ((2 * overlap + 1) / (size + 1)).mean()
+        cross_entropy = F.binary_cross_entropy_with_logits(logit, target)
+        return {"loss_segment": cross_entropy + 1 - dice, "soft_dice": dice}
+
+    def _times(self, count: int, device: torch.device) -> Tensor:
+        """Bridge times: the start (1) for some samples, uniform in (0, 1] for the others."""
+        inside = torch.rand(count, device=device) < self.weights.bridge_share
+        return torch.where(inside, torch.rand(count, device=device).clamp_min(0.02), 1.0)
+
+    def _pyramid(self, slices: Tensor) -> list[Tensor]:
+        """Swin maps of slices `(B, H, W)` as volumes of depth one; the encoder is frozen."""
+        return slice_pyramid(self.model, slices)
+
+
+def slice_pyramid(model: OmniMRI, slices: Tensor) -> list[Tensor]:
+    """Feature maps `(B, E, H', W')` of slices `(B, H, W)`, each standardised over its foreground."""
+    flat = slices.flatten(1)
+    foreground = (flat > flat.amin(1, keepdim=True) + 0.1 * (flat.amax(1, keepdim=True) - flat.amin(1, keepdim=True))).float()
+    count = foreground.sum(1, keepdim=True).clamp_min(1)
+    mean = (flat * foreground).sum(1, keepdim=True) / count
+    variance = ((flat - mean).square() * foreground).sum(1, keepdim=True) / count
+    standard = ((flat - mean) / variance.clamp_min(1e-12).sqrt()).reshape(slices.shape)
+    with torch.no_grad():
+        return [maps[:, :, 0] for maps in model.vision(standard[:, None, None])]
+
+
+def _run_backbone(model: OmniMRI, batch: Batch, visual: Tensor) -> tuple[Tensor, Losses]:
+    """Hidden states `(B, L, H)`, text loss and router health of one batch."""
+    ids, labels = batch["token_ids"], batch["labels"]
+    real = torch.arange(ids.shape[1], device=ids.device)[None] < batch["lengths"][:, None]
+    output = model.backbone.model(
+        inputs_embeds=model.embed(ids, visual, batch["visual_places"]), attention_mask=real.long(), output_router_logits=True
+    )
+    hidden = output.last_hidden_state
+    predicts = labels[:, 1:] != IGNORED
+    logits = model.backbone.lm_head(hidden[:, :-1][predicts])
+    losses = {"loss_text": F.cross_entropy(logits.float(), labels[:, 1:][predicts])}
+    return hidden, losses | _router_losses(model, output.router_logits, batch["visual_places"], real)
+
+
+def _router_losses(model: OmniMRI, router_logits: tuple[Tensor, ...], visual: Tensor, real: Tensor) -> Losses:
+    """Balance per modality, z-loss, and the load that the logs show (share of tokens times E / k, one is even)."""
+    top_k = model.config.backbone.experts_per_token
+    loads = {"text": router_statistics(router_logits, top_k, real & ~visual)}
+    loads["image"] = router_statistics(router_logits, top_k, visual)
+    losses = {"loss_balance": torch.stack([balance_loss(f, p, top_k) for f, p in loads.values()]).mean()}
+    losses["loss_router_z"] = router_z_loss(router_logits)
+    overall, _ = router_statistics(router_logits, top_k, real)
+    even = overall.mean(0) * overall.shape[1] / top_k
+    losses |= {f"router_load_expert_{expert}": load for expert, load in enumerate(even)}
+    losses["router_max_violation"] = (overall.max(dim=1).values * overall.shape[1] / top_k - 1).max()
+    return losses
+
+
+def _router_terms(losses: Losses, weights: LossWeights) -> Tensor:
+    return weights.balance * losses["loss_balance"] + weights.router_z * losses["loss_router_z"]
+
+
+def _spread(
+    blocks: Tensor, block: tuple[int, int, int], cell: tuple[int, int, int], shape: tuple[int, ...]
+) -> Tensor:
+    """Blocks `(B, d, h, w)` of `block` voxels on a grid whose cells are `cell` voxels, cut to the volume's shape."""
+    for axis, (size, unit) in enumerate(zip(block, cell, strict=True), start=1):
+        blocks = blocks.repeat_interleave(size // unit, dim=axis)
+    ends = [-(-size // unit) for size, unit in zip(shape, cell, strict=True)]
+    return blocks[:, : ends[0], : ends[1], : ends[2]]
+
+
+def _ssim(a: Tensor, b: Tensor, window: int = 7) -> Tensor:
+    """Mean structural similarity of magnitudes `(B, H, W)` with range b.max() (Wang et al., TIP 2004; 7x7 uniform)."""
+    a, b = a[:, None], b[:, None]
+    data_range = b.amax(dim=(1, 2, 3), keepdim=True)
+    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
+    mean_a, mean_b = F.avg_pool2d(a, window, 1), F.avg_pool2d(b, window, 1)
+    sample = window**2 / (window**2 - 1)
+    var_a = sample * (F.avg_pool2d(a * a, window, 1) - mean_a**2)
+    var_b = sample * (F.avg_pool2d(b * b, window, 1) - mean_b**2)
+    covariance = sample * (F.avg_pool2d(a * b, window, 1) - mean_a * mean_b)
+    top = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
+    return (top / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))).mean()
+
+
+def _gather(local: Tensor) -> Tensor:
+    """Rows of every worker, with the gradient flowing into the own ones; the tensor itself when alone."""
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return local
+    gathered = [torch.empty_like(local) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, local.detach().contiguous())
+    gathered[dist.get_rank()] = local
+    return torch.cat(gathered)
+
+
+def build_objective(name: str, model: OmniMRI, options: Mapping[str, float] | None = None) -> nn.Module:
+    """The objective of a stage: `vision`, `align`, `multimodal` or `instruct`.
+
+    Args:
+        name: Of the stage.
+        model: Holds the parts that the stage needs.
+        options: Fields of `LossWeights` that differ from their defaults.
+
+    Raises:
+        ValueError: If the name or an option is unknown.
+    """
+    known = {field.name for field in fields(LossWeights)}
+    if unknown := set(options or {}) - known:
+        raise ValueError(f"Unknown loss weights {sorted(unknown)}; known: {', '.join(sorted(known))}.")
+    weights = LossWeights(**(options or {}))
+    builders: dict[str, Callable[[], nn.Module]] = {
+        "vision": lambda: VisionPretraining(model, weights),
+        "align": lambda: Alignment(model),
+        "multimodal": lambda: MultimodalPretraining(model, weights),
+        "instruct": lambda: InstructionTuning(model, weights),
+    }
+    if name not in builders:
+        raise ValueError(f"Objective {name!r} is unknown; known: {', '.join(builders)}.")
+    return builders[name]()

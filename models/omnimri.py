@@ -1,0 +1,238 @@
+"""The model: parts with their own folders, joined as in the paper's architecture figure.
+
+A checkpoint is a folder with one sub-folder per part (`config.json` and `model.safetensors`), the tokenizer, the
+preprocessing contract and the run's configuration. No pickle anywhere.
+"""
+
+# B batch, N visual tokens, L sequence length, H backbone width, K queries, P condition width
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from omnimri.models.backbone import build_backbone, build_text_encoder
+from omnimri.models.config import OmniMRIConfig
+from omnimri.models.flow_head import FlowHead
+from omnimri.models.image_decoder import ImageDecoder
+from omnimri.models.preprocess import Preprocess
+from omnimri.models.ssl_heads import SSLHeads
+from omnimri.models.vision import AlignmentLayer, VisionEncoder, visual_tokens
+from omnimri.models.vocabulary import CONTRASTS
+
+logger = logging.getLogger(__name__)
+
+INDEX_FILE = "omnimri.json"
+FORMAT_VERSION = 1
+SERVING_PARTS = ("vision", "align", "backbone", "connector", "image_decoder")
+
+
+class QueryConnector(nn.Module):
+    """Backbone states at the query tokens to the image decoder's condition (MetaQuery, arXiv 2504.06256)."""
+
+    def __init__(self, hidden_size: int, num_layers: int, dim: int) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(
+            dim, nhead=max(1, dim // 64), dim_feedforward=4 * dim, dropout=0.0, activation="gelu",
+            batch_first=True, norm_first=True,
+        )  # fmt: skip
+        self.input = nn.Sequential(nn.LayerNorm(hidden_size), nn.Linear(hidden_size, dim))
+        self.encoder = nn.TransformerEncoder(layer, num_layers, enable_nested_tensor=False)
+        self.output_norm = nn.RMSNorm(dim, eps=1e-6)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """`(B, K, H)` to `(B, K, P)`; bidirectional over the queries."""
+        return self.output_norm(self.encoder(self.input(states)))
+
+
+class ClipHead(nn.Module):
+    """Pooling, projections and temperature of stage 2 (CLIP, arXiv 2103.00020)."""
+
+    def __init__(self, hidden_size: int, text_size: int, dim: int) -> None:
+        super().__init__()
+        self.image = nn.Linear(hidden_size, dim, bias=False)
+        self.text = nn.Linear(text_size, dim, bias=False)
+        self.attention = nn.Linear(hidden_size, 1)
+        self.log_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
+
+    def forward(self, tokens: Tensor, text_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Unit vectors `(B, D)` of images (aligned tokens `(B, N, H)`, pooled by attention) and of texts
+        (last states `(B, H_t)`), and the logit scale, at most 100."""
+        tokens = nn.functional.rms_norm(tokens, tokens.shape[-1:])
+        weights = self.attention(tokens).softmax(dim=1)
+        image = nn.functional.normalize(self.image((weights * tokens).sum(1)), dim=-1)
+        text = nn.functional.normalize(self.text(text_states), dim=-1)
+        return image, text, self.log_scale.exp().clamp(max=100.0)
+
+
+class OmniMRI(nn.Module):
+    """All parts. Only what a stage needs is called; what is called together stands in `objectives` and `engine`."""
+
+    def __init__(self, config: OmniMRIConfig, parts: Iterable[str] | None = None) -> None:
+        super().__init__()
+        self.config = config
+        wanted = tuple(parts) if parts is not None else tuple(_BUILDERS)
+        unknown = set(wanted) - set(_BUILDERS)
+        if unknown:
+            raise ValueError(f"Unknown parts {sorted(unknown)}; known: {', '.join(_BUILDERS)}.")
+        for name in _BUILDERS:
+            if name in wanted:
+                self.add_module(name, _BUILDERS[name](config))
+
+    def parts(self) -> dict[str, nn.Module]:
+        return dict(self.named_children())
+
+    @property
+    def num_visual_tokens(self) -> int:
+        z, y, x = self.vision.token_grid(self.config.inputs.volume_shape)
+        return z * y * x
+
+    def aligned_tokens(self, volume: Tensor, spacing_mm: Tensor, contrast: Tensor) -> Tensor:
+        """Volume `(B, 1, D, H, W)` to backbone-width tokens `(B, N, H)`; the vision encoder is not trained here."""
+        with torch.no_grad():
+            tokens = visual_tokens(self.vision(volume))
+        return self.align_tokens(tokens, spacing_mm, contrast)
+
+    def align_tokens(self, tokens: Tensor, spacing_mm: Tensor, contrast: Tensor) -> Tensor:
+        """Vision tokens `(B, N, V)` to backbone width; `spacing_mm` is that of the voxels."""
+        stride = torch.tensor(self.config.vision.token_stride, device=tokens.device)
+        grid = self.vision.token_grid(self.config.inputs.volume_shape)
+        return self.align(tokens, grid, spacing_mm * stride, contrast)
+
+    def embed(self, token_ids: Tensor, visual: Tensor, places: Tensor) -> Tensor:
+        """Embeddings `(B, L, H)` of token ids `(B, L)`, the bool `places` `(B, L)` filled by `visual` `(B, N, H)`.
+
+        Raises:
+            ValueError: If a sequence does not hold exactly N places.
+        """
+        counts = places.sum(1)
+        if not bool((counts == visual.shape[1]).all()):
+            raise ValueError(f"Expected {visual.shape[1]} image placeholders per sequence, found {counts.tolist()}.")
+        embeddings = self.backbone.get_input_embeddings()(token_ids)
+        return embeddings.masked_scatter(places[..., None], visual.to(embeddings.dtype))
+
+    def save(
+        self, folder: Path | str, tokenizer: PreTrainedTokenizerBase, *, version: str, run: Mapping[str, Any]
+    ) -> None:
+        """Write the checkpoint folder. Parts that this object does not hold are not written.
+
+        Args:
+            folder: Made if absent; files of the same name are replaced.
+            tokenizer: Saved beside the parts, and inside the backbone's folder so that vLLM can serve that alone.
+            version: What answers will quote.
+            run: Configuration of the run that made it, JSON-able.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, part in self.parts().items():
+            _save_part(part, folder / name)
+        tokenizer.save_pretrained(folder / "tokenizer")
+        if hasattr(self, "backbone"):
+            tokenizer.save_pretrained(folder / "backbone")
+        preprocess = Preprocess(self.config.inputs)
+        contract = {"version": preprocess.version, "steps": preprocess.steps, "inputs": asdict(self.config.inputs)}
+        _write_json(folder / "preprocessing.json", contract)
+        _write_json(folder / "run.json", dict(run))
+        index = {
+            "format": FORMAT_VERSION,
+            "version": version,
+            "parts": sorted(self.parts()),
+            "config": self.config.to_dict(),
+        }
+        _write_json(folder / INDEX_FILE, index)
+
+    @classmethod
+    def load(
+        cls, folder: Path | str, *, parts: Iterable[str] | None = None, config: OmniMRIConfig | None = None
+    ) -> OmniMRI:
+        """Read a checkpoint folder.
+
+        Args:
+            folder: Written by `save`.
+            parts: Parts to build; all that the checkpoint holds by default. One that it lacks is built fresh.
+            config: Another configuration: parts whose shapes differ then start afresh, and the log names them.
+
+        Raises:
+            ValueError: If the folder is not a checkpoint or was written by a newer format.
+        """
+        folder = Path(folder)
+        index = read_index(folder)
+        saved = OmniMRIConfig.from_dict(index["config"])
+        model = cls(config or saved, parts or index["parts"])
+        for name, part in model.parts().items():
+            if name in index["parts"]:
+                _load_part(part, folder / name, strict=config is None)
+            else:
+                logger.info("Part %s is not in %s; starting it afresh.", name, folder)
+        return model
+
+
+def read_index(folder: Path | str) -> dict[str, Any]:
+    """The index of a checkpoint folder.
+
+    Raises:
+        ValueError: If there is none, or its format is newer than this code.
+    """
+    path = Path(folder) / INDEX_FILE
+    if not path.is_file():
+        raise ValueError(f"{folder}: expected an OmniMRI checkpoint (a folder with {INDEX_FILE}), found none.")
+    index = json.loads(path.read_text())
+    if index["format"] > FORMAT_VERSION:
+        raise ValueError(f"{folder}: checkpoint format {index['format']} is newer than {FORMAT_VERSION}; upgrade.")
+    return index
+
+
+def _pyramid_channels(config: OmniMRIConfig) -> tuple[int, ...]:
+    return tuple(config.vision.embed_dim * factor for factor in (1, 2, 4, 8, 8))
+
+
+_BUILDERS = {
+    "vision": lambda c: VisionEncoder(c.vision),
+    "ssl_heads": lambda c: SSLHeads(c.vision.token_dim, c.vision.token_stride, c.embedding_dim),
+    "align": lambda c: AlignmentLayer(c.vision.token_dim, c.backbone.hidden_size, len(CONTRASTS)),
+    "text_encoder": lambda c: build_text_encoder(c.text_encoder, c.backbone.vocab_size),
+    "clip_head": lambda c: ClipHead(c.backbone.hidden_size, c.text_encoder.hidden_size, c.embedding_dim),
+    "backbone": lambda c: build_backbone(c.backbone),
+    "flow_head": lambda c: FlowHead(c.flow_head, c.vision.token_dim, c.backbone.hidden_size),
+    "connector": lambda c: QueryConnector(c.backbone.hidden_size, c.connector.num_layers, c.connector.dim),
+    "image_decoder": lambda c: ImageDecoder(c.image_decoder, c.connector.dim, _pyramid_channels(c)),
+}
+
+
+def _save_part(part: nn.Module, folder: Path) -> None:
+    if hasattr(part, "save_pretrained"):
+        part.save_pretrained(folder)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    config = getattr(part, "config", None)
+    _write_json(folder / "config.json", asdict(config) if config is not None else {})
+    save_file({k: v.detach().contiguous().cpu() for k, v in part.state_dict().items()}, folder / "model.safetensors")
+
+
+def _load_part(part: nn.Module, folder: Path, *, strict: bool) -> None:
+    if hasattr(part, "save_pretrained"):
+        loaded = type(part).from_pretrained(folder, dtype=torch.float32, local_files_only=True,
+                                            config=None if strict else part.config,
+                                            ignore_mismatched_sizes=not strict)  # fmt: skip
+        part.load_state_dict(loaded.state_dict())
+        return
+    tensors = load_file(folder / "model.safetensors")
+    own = part.state_dict()
+    changed = [name for name, value in tensors.items() if name in own and own[name].shape != value.shape]
+    if changed and not strict:
+        logger.warning("%s: %d tensors have another shape and start afresh: %s", folder.name, len(changed), changed[:3])
+        tensors = {name: value for name, value in tensors.items() if name not in changed}
+    part.load_state_dict(tensors, strict=strict)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")

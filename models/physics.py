@@ -1,0 +1,198 @@
+"""Physics of Cartesian multi-coil MRI: Fourier transform, coils, undersampling, data consistency.
+
+Everything is batched and differentiable. Images and k-space are complex64; the Fourier transform is centred and
+orthonormal over the last two axes; phase encoding runs along the last axis.
+"""
+
+# B batch (any number of leading axes), C coils, Y X in-plane voxels or k-space samples
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def fft2c(image: Tensor) -> Tensor:
+    """Centred orthonormal 2D Fourier transform over the last two axes."""
+    shifted = torch.fft.ifftshift(image, dim=(-2, -1))
+    return torch.fft.fftshift(torch.fft.fft2(shifted, norm="ortho"), dim=(-2, -1))
+
+
+def ifft2c(kspace: Tensor) -> Tensor:
+    """Inverse of `fft2c`."""
+    shifted = torch.fft.ifftshift(kspace, dim=(-2, -1))
+    return torch.fft.fftshift(torch.fft.ifft2(shifted, norm="ortho"), dim=(-2, -1))
+
+
+def root_sum_of_squares(coil_images: Tensor) -> Tensor:
+    """Magnitude `(B, Y, X)` of coil images `(B, C, Y, X)` (Roemer et al., The NMR phased array, MRM 1990)."""
+    return coil_images.abs().square().sum(-3).sqrt()
+
+
+def num_center_lines(num_lines: int, center_fraction: float) -> int:
+    """Fully sampled lines in the centre of k-space, as fastMRI counts them."""
+    return round(num_lines * center_fraction)
+
+
+def undersampling_mask(
+    num_lines: int, *, acceleration: int, center_fraction: float, kind: str = "equispaced", seed: int = 0
+) -> np.ndarray:
+    """Phase-encoding lines to keep, by fastMRI's definitions (fastmri/data/subsample.py).
+
+    The mean number of lines is `num_lines / acceleration`, centre included. `random` draws the outer lines
+    independently; `equispaced` takes every k-th line from a random offset, with k widened for the centre.
+
+    Returns:
+        Bool `(num_lines,)`, True where the line is acquired.
+
+    Raises:
+        ValueError: If `kind` is unknown or the acceleration leaves no line outside the centre.
+    """
+    if kind not in ("equispaced", "random"):
+        raise ValueError(f"Undersampling kind {kind!r} is unknown; known: equispaced, random.")
+    center = num_center_lines(num_lines, center_fraction)
+    outer = num_lines / acceleration - center
+    if acceleration < 1 or outer < 0:
+        raise ValueError(
+            f"acceleration={acceleration} with center_fraction={center_fraction} asks for fewer than the "
+            f"{center} centre lines of {num_lines}. Lower either."
+        )
+    rng = np.random.default_rng(seed)
+    mask = np.zeros(num_lines, dtype=bool)
+    if kind == "random":
+        mask |= rng.random(num_lines) < outer / max(num_lines - center, 1)
+    elif outer:
+        step = (num_lines - center) / outer
+        offset = rng.integers(0, round(step)) if round(step) > 0 else 0
+        mask[np.around(np.arange(offset, num_lines - 1, step)).astype(int)] = True
+    start = (num_lines - center + 1) // 2
+    mask[start : start + center] = True
+    return mask
+
+
+def center_lines(mask: Tensor) -> Tensor:
+    """The contiguous run of acquired lines around the centre of a mask `(..., X)`, as a mask of the same shape."""
+    num_lines = mask.shape[-1]
+    middle = num_lines // 2
+    right = mask[..., middle:].long().cumprod(-1)
+    left = mask[..., :middle].flip(-1).long().cumprod(-1).flip(-1)
+    return torch.cat([left, right], dim=-1).bool()
+
+
+def estimate_sens_maps(kspace: Tensor, mask: Tensor, *, support_threshold: float = 0.03) -> Tensor:
+    """Coil sensitivities from the autocalibration lines: low-pass coil images over their root sum of squares.
+
+    Args:
+        kspace: Complex `(B, C, Y, X)`, zero where not acquired.
+        mask: Bool `(X,)` or `(B, X)`.
+        support_threshold: Share of the largest low-pass magnitude below which a voxel is air and its maps zero.
+
+    Returns:
+        Complex `(B, C, Y, X)`, root sum of squares one inside the support, zero outside.
+    """
+    calibration = center_lines(mask)
+    num_acs = int(calibration.sum(-1).max())
+    if num_acs == 0:
+        raise ValueError("estimate_sens_maps: no acquired line at the centre of k-space; raise center_fraction.")
+    window = _calibration_window(kspace.shape[-2], num_acs, kspace.device)[:, None]
+    lines = calibration.to(kspace.real.dtype)
+    taper = torch.hann_window(num_acs + 2, periodic=False, device=kspace.device)[1:-1]
+    start = (kspace.shape[-1] // 2) - num_acs // 2
+    profile = torch.zeros(kspace.shape[-1], device=kspace.device)
+    profile[start : start + num_acs] = taper
+    lines = lines * torch.maximum(profile, torch.full_like(profile, 1e-3))
+    lines = lines.reshape(*lines.shape[:-1], *(1,) * 2, lines.shape[-1]) if lines.ndim > 1 else lines
+    low_pass = ifft2c(kspace * window * lines)
+    magnitude = root_sum_of_squares(low_pass).unsqueeze(-3)
+    support = magnitude > support_threshold * magnitude.amax(dim=(-2, -1), keepdim=True)
+    return torch.where(support, low_pass / magnitude.clamp_min(1e-12), 0)
+
+
+def _calibration_window(size: int, num_acs: int, device: torch.device) -> Tensor:
+    """Hann window over a centred band of the readout, at least as wide as 16 samples."""
+    width = min(size, max(num_acs, 16))
+    window = torch.zeros(size, device=device)
+    start = (size - width) // 2
+    window[start : start + width] = torch.hann_window(width + 2, periodic=False, device=device)[1:-1]
+    return window
+
+
+@dataclass(frozen=True)
+class SenseOperator:
+    """`A = M F S`: image to undersampled multi-coil k-space (Pruessmann et al., SENSE, MRM 1999).
+
+    `sens_maps` is complex `(B, C, Y, X)`; `mask` is bool and broadcasts against `(B, C, Y, X)`.
+    """
+
+    sens_maps: Tensor
+    mask: Tensor
+
+    def forward(self, image: Tensor) -> Tensor:
+        """`(B, Y, X)` to `(B, C, Y, X)`."""
+        return fft2c(self.sens_maps * image.unsqueeze(-3)) * self.mask
+
+    def adjoint(self, kspace: Tensor) -> Tensor:
+        """`(B, C, Y, X)` to `(B, Y, X)`."""
+        return (self.sens_maps.conj() * ifft2c(kspace * self.mask)).sum(-3)
+
+    def normal(self, image: Tensor) -> Tensor:
+        """`A' A`."""
+        return self.adjoint(self.forward(image))
+
+
+def conjugate_gradient(normal: Callable[[Tensor], Tensor], right: Tensor, start: Tensor, num_steps: int) -> Tensor:
+    """Solve `normal(x) = right` per item of the batch for a Hermitian positive operator; `(B, Y, X)` complex."""
+    x = start
+    residual = right - normal(x)
+    direction = residual
+    energy = _inner(residual, residual)
+    for _ in range(num_steps):
+        applied = normal(direction)
+        alpha = energy / _inner(direction, applied).clamp_min(1e-20)
+        x = x + alpha * direction
+        residual = residual - alpha * applied
+        new_energy = _inner(residual, residual)
+        direction = residual + new_energy / energy.clamp_min(1e-20) * direction
+        energy = new_energy
+    return x
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    """Real part of the inner product over the image axes, kept for broadcasting."""
+    return (a.conj() * b).real.sum(dim=(-2, -1), keepdim=True)
+
+
+def data_consistency(
+    image: Tensor, kspace: Tensor, operator: SenseOperator, *, weight: float = 0.02, num_steps: int = 5
+) -> Tensor:
+    """`argmin_x |A x - y|^2 + weight |x - image|^2` by conjugate gradients (Aggarwal et al., MoDL, TMI 2019, eq. 9).
+
+    Args:
+        image: Complex `(B, Y, X)`, the estimate to stay close to.
+        kspace: Complex `(B, C, Y, X)`, measured, zero where not acquired.
+        operator: The forward model.
+        weight: Regularisation; larger trusts `image` more.
+        num_steps: Conjugate-gradient iterations.
+    """
+    return conjugate_gradient(
+        lambda x: operator.normal(x) + weight * x, operator.adjoint(kspace) + weight * image, image, num_steps
+    )
+
+
+def cg_sense(kspace: Tensor, operator: SenseOperator, *, weight: float = 0.005, num_steps: int = 20) -> Tensor:
+    """Iterative SENSE from zero with Tikhonov weight (Pruessmann et al., MRM 2001); complex `(B, Y, X)`."""
+    zero_filled = operator.adjoint(kspace)
+    return conjugate_gradient(
+        lambda x: operator.normal(x) + weight * x, zero_filled, torch.zeros_like(zero_filled), num_steps
+    )
+
+
+def relative_residual(image: Tensor, kspace: Tensor, operator: SenseOperator) -> Tensor:
+    """`|A x - y| / |y|` per item `(B,)`: how far an image is from what was measured."""
+    difference = operator.forward(image) - kspace * operator.mask
+    axes = (-3, -2, -1)
+    return difference.abs().square().sum(axes).sqrt() / kspace.abs().square().sum(axes).sqrt().clamp_min(1e-12)

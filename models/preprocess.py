@@ -1,0 +1,138 @@
+"""The preprocessing contract: how a scan becomes what the model sees. One object for training, evaluation, serving.
+
+It is saved inside every checkpoint, and its version stands in every answer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from omnimri.models.config import InputConfig
+from omnimri.models.geometry import Canonical, from_canonical, pad_or_crop, resize, to_canonical
+from omnimri.models.scan import Scan
+
+CONTRACT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class VolumeInput:
+    """A scan on the grid of the vision encoder."""
+
+    volume: Tensor
+    """Float32 `(1, Z, Y, X)`, standardised over the foreground."""
+    spacing_mm: Tensor
+    """`(3,)`, `z y x`, of that grid."""
+    origin_index: Tensor
+    """`(3,)`: canonical voxel index `z y x` at the grid's first corner."""
+    scale: Tensor
+    """`(3,)`: canonical voxels per grid voxel, `z y x`."""
+
+
+@dataclass(frozen=True)
+class SliceInput:
+    """A scan as the stack of slices that the image decoder segments."""
+
+    slices: Tensor
+    """Float32 `(N, H, W)`, standardised, in-plane spacing `slice_spacing_mm`."""
+    axis: int
+    """Canonical axis (0 z, 1 y, 2 x) along which the slices lie."""
+    canonical: Canonical
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """Applies the contract of an `InputConfig`."""
+
+    inputs: InputConfig
+
+    @property
+    def version(self) -> str:
+        """Contract number and a digest of its settings."""
+        settings = json.dumps([CONTRACT_VERSION, asdict(self.inputs)], sort_keys=True)
+        return f"{CONTRACT_VERSION}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
+
+    @property
+    def steps(self) -> list[str]:
+        """What is done to a scan, in words, for answers and cards."""
+        z, y, x = self.inputs.volume_spacing_mm
+        low, high = self.inputs.clip_percentiles
+        return [
+            "turned to the nearest RAS axes (no interpolation)",
+            f"intensities clipped to foreground percentiles {low}-{high} and standardised over the foreground",
+            f"visual tokens: resampled to {z} x {y} x {x} mm (wider where the volume would not fit)",
+            f"segmentation: slices across the thickest axis, resampled in plane to {self.inputs.slice_spacing_mm} mm",
+            "reconstruction: k-space on its own grid, each slice scaled by its zero-filled maximum",
+        ]
+
+    def standardise(self, image: np.ndarray) -> np.ndarray:
+        """Clip to foreground percentiles, then zero mean and unit variance over the foreground.
+
+        The foreground is what exceeds a tenth of the 99th percentile; a constant image becomes zeros.
+        """
+        threshold = 0.1 * np.percentile(image, 99)
+        foreground = image[image > threshold]
+        if foreground.size < 2 or np.ptp(foreground) == 0:
+            return np.zeros(image.shape, np.float32)
+        low, high = np.percentile(foreground, self.inputs.clip_percentiles)
+        inside = np.clip(foreground, low, high)
+        deviation = max(float(inside.std()), 1e-6)
+        clipped = np.clip(image, min(0.0, low), high)
+        return ((clipped - inside.mean()) / deviation).astype(np.float32)
+
+    def volume(self, scan: Scan) -> VolumeInput:
+        """The scan as one volume for the vision encoder."""
+        canonical = to_canonical(self.standardise(scan.image), scan.affine)
+        target = np.array(self.inputs.volume_spacing_mm)
+        extent_mm = np.array(canonical.array.shape) * canonical.spacing_mm
+        spacing = np.maximum(target, extent_mm / np.array(self.inputs.volume_shape))
+        size = np.maximum(1, np.round(extent_mm / spacing)).astype(int)
+        size = np.minimum(size, self.inputs.volume_shape)
+        array = torch.from_numpy(np.ascontiguousarray(canonical.array))[None, None]
+        resized = resize(array, tuple(size.tolist()))[0]
+        background = float(resized.min())
+        padded = pad_or_crop(resized, self.inputs.volume_shape, background)
+        scale = np.array(canonical.array.shape) / size
+        before = (np.array(self.inputs.volume_shape) - size) // 2
+        return VolumeInput(
+            padded,
+            torch.tensor(scale * canonical.spacing_mm, dtype=torch.float32),
+            torch.tensor(-before * scale, dtype=torch.float32),
+            torch.tensor(scale, dtype=torch.float32),
+        )
+
+    def slices(self, scan: Scan) -> SliceInput:
+        """The scan as slices across its thickest axis (nnU-Net's anisotropy rule, in its simplest form)."""
+        canonical = to_canonical(self.standardise(scan.image), scan.affine)
+        axis = int(np.argmax(np.round(canonical.spacing_mm, 3)))
+        stack = np.ascontiguousarray(np.moveaxis(canonical.array, axis, 0))
+        return SliceInput(resize(torch.from_numpy(stack)[:, None], self._slice_shape(canonical, axis))[:, 0],
+                          axis, canonical)  # fmt: skip
+
+    def slice_labels(self, labels: np.ndarray, scan: Scan, axis: int) -> np.ndarray:
+        """A binary label map `(Z, Y, X)` of the scan on the grid of its slices, `(N, H, W)` bool."""
+        canonical = to_canonical(labels.astype(np.float32), scan.affine)
+        stack = torch.from_numpy(np.ascontiguousarray(np.moveaxis(canonical.array, axis, 0)))[:, None]
+        return (resize(stack, self._slice_shape(canonical, axis))[:, 0] >= 0.5).numpy()
+
+    def to_native(self, stack: Tensor, source: SliceInput) -> np.ndarray:
+        """Values on the slice grid `(N, H, W)` back on the native grid `(Z, Y, X)`, linearly interpolated."""
+        shape = [size for i, size in enumerate(source.canonical.array.shape) if i != source.axis]
+        resized = resize(stack[:, None].float(), tuple(shape))[:, 0].numpy()
+        return np.ascontiguousarray(from_canonical(np.moveaxis(resized, 0, source.axis), source.canonical))
+
+    def _slice_shape(self, canonical: Canonical, axis: int) -> tuple[int, int]:
+        """In-plane size at `slice_spacing_mm`; kept as it is where the spacing is within a tenth of it."""
+        spacing = [s for i, s in enumerate(canonical.spacing_mm) if i != axis]
+        shape = [s for i, s in enumerate(canonical.array.shape) if i != axis]
+        target = self.inputs.slice_spacing_mm
+        height, width = (
+            size if abs(mm / target - 1) < 0.1 else max(1, round(size * mm / target))
+            for size, mm in zip(shape, spacing, strict=True)
+        )
+        return height, width

@@ -1,0 +1,199 @@
+"""What is said to the model and what it answers: instructions per task, and the layout of a token sequence."""
+
+# N visual tokens, K query tokens
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from omnimri.models import tokenizer as special
+from omnimri.models.vocabulary import DIAGNOSES, IMAGE_TASKS, STRUCTURES, TASKS
+
+IGNORED = -100
+"""Label of a position that no text loss is taken at."""
+
+INSTRUCTIONS: dict[str, tuple[str, ...]] = {
+    "reconstruct": (
+        "Reconstruct the image from this under-sampled MRI data.",
+        "Recover the fully sampled image from these k-space lines.",
+        "Remove the aliasing and reconstruct this acquisition.",
+    ),
+    "segment": (
+        "Segment the {structure} in this MRI.",
+        "Outline the {structure}.",
+        "Give a mask of the {structure} in this volume.",
+    ),
+    "detect": (
+        "Identify and localize any lesion in this image.",
+        "Where are the abnormalities in this MRI? Answer with boxes.",
+        "Detect every lesion and give its bounding box.",
+    ),
+    "diagnose": (
+        "Provide your diagnosis of this MRI volume.",
+        "What is the most likely diagnosis?",
+        "Which disease does this MRI suggest?",
+    ),
+    "report": (
+        "Generate a diagnostic report based on this MRI scan.",
+        "Write the radiology report of this examination.",
+        "Report this MRI.",
+    ),
+}
+
+_TASK_WORDS = {
+    "reconstruct": ("reconstruct", "under-sampled", "undersampled", "aliasing", "k-space"),
+    "segment": ("segment", "outline", "mask of", "delineate", "contour"),
+    "report": ("report",),
+    "detect": ("detect", "locali", "where", "bounding box", "boxes"),
+    "diagnose": ("diagnos", "disease", "suggest"),
+}
+
+_SYNONYMS = {
+    "gray matter": "grey matter",
+    "csf": "cerebrospinal fluid",
+    "tumour": "lesion",
+    "tumor": "lesion",
+    "abnormality": "lesion",
+    "infarct": "lesion",
+    "plaque": "lesion",
+    "haemorrhage": "lesion",
+    "hemorrhage": "lesion",
+}
+
+
+def instruction_for(
+    task: str, *, structure: str | None = None, rng: np.random.Generator | None = None
+) -> str:
+    """An instruction of that task: the first phrasing, or a random one.
+
+    Raises:
+        ValueError: If the task is unknown, or is `segment` without a structure.
+    """
+    if task not in INSTRUCTIONS:
+        raise ValueError(f"Task {task!r} is unknown; known: {', '.join(TASKS)}.")
+    phrasings = INSTRUCTIONS[task]
+    phrase = phrasings[int(rng.integers(len(phrasings)))] if rng is not None else phrasings[0]
+    if task == "segment" and structure is None:
+        raise ValueError(f"Task 'segment' needs a structure; known: {', '.join(STRUCTURES)}.")
+    return phrase.format(structure=structure)
+
+
+def task_of(instruction: str) -> str:
+    """The task that a free instruction asks for, by its words.
+
+    Raises:
+        ValueError: If no task's words occur in it.
+    """
+    words = instruction.lower()
+    for task, triggers in _TASK_WORDS.items():
+        if any(trigger in words for trigger in triggers):
+            return task
+    raise ValueError(f"The instruction names none of the tasks {', '.join(TASKS)}; say for example 'Segment the lesion.'")
+
+
+def structures_of(instruction: str) -> list[str]:
+    """Structures that an instruction names, in the order of the vocabulary; empty if it names none."""
+    words = instruction.lower()
+    for synonym, name in _SYNONYMS.items():
+        words = words.replace(synonym, name)
+    return [name for name in STRUCTURES if name in words]
+
+
+def diagnosis_answer(diagnosis: str) -> str:
+    """The answer of the diagnosis task, without its tags."""
+    return f"Most likely diagnosis: {diagnosis}."
+
+
+def diagnosis_choices() -> list[str]:
+    """Every diagnosis answer, in the order of `DIAGNOSES`, as `Engine.score_choices` takes them."""
+    return [tagged(diagnosis_answer(name)) for name in DIAGNOSES]
+
+
+def diagnosis_in(text: str) -> str | None:
+    """The diagnosis that an answer names, or None."""
+    found = [(text.find(name), name) for name in DIAGNOSES if name in text]
+    return min(found)[1] if found else None
+
+
+def tagged(text: str) -> str:
+    """A free-text answer in its tags."""
+    return f"{special.RESPONSE}{text}{special.RESPONSE_END}"
+
+
+def untagged(text: str) -> str:
+    """A text answer as a person should see it."""
+    for token in special.SPECIAL_TOKENS:
+        text = text.replace(token, "")
+    return text.strip()
+
+
+@dataclass(frozen=True)
+class TokenSequence:
+    """One sequence of the backbone."""
+
+    token_ids: np.ndarray
+    """Int64 `(L,)`; visual positions hold the image placeholder."""
+    labels: np.ndarray
+    """Int64 `(L,)`: the token itself where text loss is taken, IGNORED elsewhere."""
+
+
+@dataclass(frozen=True)
+class SequenceBuilder:
+    """Lays out sequences for training and serving alike."""
+
+    tokenizer: PreTrainedTokenizerBase
+    num_visual: int
+    """Placeholders per volume."""
+    num_queries: int
+    """Query tokens in an image answer."""
+
+    def request(self, instruction: str, facts: Mapping[str, object], task: str) -> TokenSequence:
+        """User turn with the volume and the instruction, open for the assistant; image tasks end in their queries."""
+        answer = self._queries(task) if task in IMAGE_TASKS else ""
+        return self._join([(self._user_turn(instruction, facts, task), False), (answer, False)])
+
+    def example(self, instruction: str, facts: Mapping[str, object], task: str, answer: str = "") -> TokenSequence:
+        """A request with its answer, the answer labelled; the answer of an image task is its query span."""
+        answer = self._queries(task) if task in IMAGE_TASKS else answer
+        return self._join([(self._user_turn(instruction, facts, task), False), (answer + special.TURN_END, True)])
+
+    def paired(self, text: str, *, image_first: bool) -> TokenSequence:
+        """Volume and description in one sequence of stage 3, in either order, the text labelled."""
+        parts = [(self._vision(special.VOLUME), False), (text + special.TURN_END, True)]
+        return self._join(parts if image_first else parts[::-1])
+
+    def plain(self, text: str) -> TokenSequence:
+        """Text alone, ending in the turn's end, as the text encoder takes it."""
+        return self._join([(text + special.TURN_END, False)])
+
+    def _user_turn(self, instruction: str, facts: Mapping[str, object], task: str) -> str:
+        kind = special.KSPACE if task == "reconstruct" else special.VOLUME
+        known = " ".join(str(facts[key]) for key in ("plane", "contrast") if facts.get(key))
+        context = f"This is {'an' if known[:1] in 'aeiou' else 'a'} {known} MRI. " if known else ""
+        return (
+            f"{special.TURN_START}user\n{self._vision(kind)}{context}{instruction}{special.TURN_END}\n"
+            f"{special.TURN_START}assistant\n"
+        )
+
+    def _vision(self, kind: str) -> str:
+        return f"{kind}{special.VISION_START}{special.IMAGE_PAD * self.num_visual}{special.VISION_END}"
+
+    def _queries(self, task: str) -> str:
+        start, end = (special.RECON, special.RECON_END) if task == "reconstruct" else (special.SEG, special.SEG_END)
+        return start + "".join(f"<q{i}>" for i in range(self.num_queries)) + end
+
+    def _join(self, parts: list[tuple[str, bool]]) -> TokenSequence:
+        ids: list[int] = []
+        labels: list[int] = []
+        for text, labelled in parts:
+            encoded = self.tokenizer.encode(text, add_special_tokens=False)
+            ids += encoded
+            labels += encoded if labelled else [IGNORED] * len(encoded)
+        token_ids, targets = np.array(ids, np.int64), np.array(labels, np.int64)
+        unlabelled = [self.tokenizer.convert_tokens_to_ids(f"<q{i}>") for i in range(self.num_queries)]
+        targets[np.isin(token_ids, unlabelled)] = IGNORED
+        return TokenSequence(token_ids, targets)

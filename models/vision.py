@@ -1,0 +1,112 @@
+"""Vision encoder: one Swin Transformer for slices and volumes (Liu et al., Swin Transformer, ICCV 2021)."""
+
+# B batch, D H W voxels (z y x) of the input, N tokens, E embedding channels, V token width (8 E)
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from monai.networks.nets.swin_unetr import SwinTransformer
+from torch import Tensor, nn
+
+from omnimri.models.config import VisionConfig
+
+
+class VisionEncoder(nn.Module):
+    """Volume to tokens, with the pyramid of feature maps on the way.
+
+    MONAI's `SwinTransformer` with its last merging removed, so that a token covers `config.token_stride` voxels.
+    A slice is a volume with D=1: the same weights serve both.
+    """
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.swin = SwinTransformer(
+            in_chans=1,
+            embed_dim=config.embed_dim,
+            window_size=config.window_size,
+            patch_size=config.patch_size,
+            depths=config.depths,
+            num_heads=config.num_heads,
+            spatial_dims=3,
+            downsample="mergingv2",
+        )
+        self.swin.layers4[0].downsample = None
+        self.mask_token = nn.Parameter(torch.zeros(config.embed_dim))
+
+    def forward(self, volume: Tensor, masked: Tensor | None = None) -> list[Tensor]:
+        """Feature maps at strides 2, 4, 8, 16, 16 in plane.
+
+        Args:
+            volume: `(B, 1, D, H, W)`, standardised intensities.
+            masked: Bool `(B, D', H', W')` on the patch grid: patches replaced by the mask token (SimMIM, sec. 3.1).
+
+        Returns:
+            Five maps `(B, E, D', H', W')` ... `(B, 8E, d, h, w)`.
+        """
+        x = self.swin.patch_embed(volume)
+        if masked is not None:
+            x = torch.where(masked[:, None], self.mask_token[None, :, None, None, None], x)
+        maps = [x]
+        for layers in (self.swin.layers1, self.swin.layers2, self.swin.layers3, self.swin.layers4):
+            x = layers[0](x.contiguous())
+            maps.append(x)
+        return maps
+
+    def token_grid(self, shape: tuple[int, int, int]) -> tuple[int, int, int]:
+        """Tokens along z, y, x for an input of that shape; odd sizes are padded up at each merging."""
+        z, y, x = (-(-size // stride) for size, stride in zip(shape, self.config.token_stride, strict=True))
+        return z, y, x
+
+
+def visual_tokens(pyramid: list[Tensor]) -> Tensor:
+    """The coarsest map as tokens `(B, N, V)` in z-major raster order, layer-normed without affine."""
+    tokens = rearrange(pyramid[-1], "b v d h w -> b (d h w) v")
+    return nn.functional.layer_norm(tokens, tokens.shape[-1:])
+
+
+class AlignmentLayer(nn.Module):
+    """Visual tokens to the backbone's width, with their position in millimetres and the contrast added.
+
+    The geometry is added here so that the backbone keeps plain one-dimensional rotary positions.
+    """
+
+    def __init__(self, token_dim: int, hidden_size: int, num_contrasts: int, embedding_rms: float = 0.02) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(token_dim)
+        self.mlp = nn.Sequential(nn.Linear(token_dim, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size))
+        self.position = nn.Sequential(nn.Linear(2 * 3 * _NUM_FREQUENCIES + 3, hidden_size), nn.GELU(),
+                                      nn.Linear(hidden_size, hidden_size))  # fmt: skip
+        self.contrast = nn.Embedding(num_contrasts + 1, hidden_size)
+        self.output_norm = nn.RMSNorm(hidden_size, eps=1e-6)
+        nn.init.normal_(self.contrast.weight, std=0.02)
+        # Visual tokens enter the backbone at the scale of its word embeddings.
+        nn.init.constant_(self.output_norm.weight, embedding_rms)
+
+    def forward(self, tokens: Tensor, grid: tuple[int, int, int], spacing_mm: Tensor, contrast: Tensor) -> Tensor:
+        """`(B, N, V)` to `(B, N, H)`.
+
+        Args:
+            tokens: From the vision encoder.
+            grid: Tokens along `z y x`, with product N.
+            spacing_mm: `(B, 3)`, size of one token along `z y x`.
+            contrast: `(B,)` long, index into the vocabulary's contrasts, the last one meaning unknown.
+        """
+        position = self.position(_fourier_position(grid, spacing_mm))
+        x = self.mlp(self.norm(tokens)) + position + self.contrast(contrast)[:, None]
+        return self.output_norm(x)
+
+
+_NUM_FREQUENCIES = 6
+
+
+def _fourier_position(grid: tuple[int, int, int], spacing_mm: Tensor) -> Tensor:
+    """Sines and cosines of token centres in mm from the volume's centre, and the token size; `(B, N, 39)`."""
+    axes = [torch.arange(n, device=spacing_mm.device, dtype=torch.float32) - (n - 1) / 2 for n in grid]
+    index = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, 3)
+    centre_mm = index * spacing_mm[:, None]
+    wavelengths_mm = 32.0 * 2.0 ** torch.arange(_NUM_FREQUENCIES, device=spacing_mm.device)
+    phase = rearrange(2 * torch.pi * centre_mm[..., None] / wavelengths_mm, "b n c f -> b n (c f)")
+    size = (spacing_mm / 64.0)[:, None].expand(-1, index.shape[0], -1)
+    return torch.cat([phase.sin(), phase.cos(), size], dim=-1)

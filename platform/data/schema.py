@@ -1,0 +1,95 @@
+"""The row schema: one row per volume, versioned, in plain Parquet that any reader opens.
+
+Arrays travel as a struct of raw bytes, shape and dtype, so that volumes of any size and complex k-space share a
+column without pickling.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+SCHEMA_VERSION = 1
+
+ARRAY = pa.struct([("data", pa.large_binary()), ("shape", pa.list_(pa.int64())), ("dtype", pa.string())])
+
+BOX = pa.struct(
+    [
+        ("label", pa.string()),
+        ("side", pa.string()),
+        # Voxel box of the native grid, half-open: [z1, y1, x1, z2, y2, x2].
+        ("box_voxel", pa.list_(pa.int64())),
+    ]
+)
+
+SCHEMA = pa.schema(
+    [
+        # Identity: pseudonyms only.
+        ("row_id", pa.string()),
+        ("schema_version", pa.int32()),
+        ("dataset", pa.string()),
+        ("licence", pa.string()),
+        ("split", pa.string()),  # train | val | test, by patient
+        ("patient_id", pa.string()),
+        ("study_id", pa.string()),
+        ("series_id", pa.string()),
+        ("source_format", pa.string()),  # dicom | nifti | fastmri | ismrmrd
+        ("simulated", pa.bool_()),
+        # The volume on its native grid; see omnimri.models.scan.Scan for the conventions.
+        ("image", ARRAY),  # float32 (Z, Y, X)
+        ("affine", pa.list_(pa.float64())),  # 16 numbers, row-major 4x4, (x, y, z, 1) index -> RAS mm
+        ("spacing_mm", pa.list_(pa.float64())),  # (z, y, x)
+        ("shape", pa.list_(pa.int64())),  # (Z, Y, X)
+        ("kspace", ARRAY),  # complex64 (Z, C, Y, X) or null
+        ("mask", ARRAY),  # bool (X,) or null when fully sampled
+        # Annotation.
+        ("label_map", ARRAY),  # uint8 (Z, Y, X) or null
+        ("label_names", pa.map_(pa.int32(), pa.string())),
+        ("boxes", pa.list_(BOX)),  # null: not annotated; empty: annotated, nothing there
+        ("classes", pa.list_(pa.string())),  # diagnoses; null: not annotated
+        ("report", pa.string()),
+        ("description", pa.string()),  # JSON, five levels of the paper's Figure 2
+        ("description_origin", pa.string()),  # JSON, field -> header | label | report | generated
+        # Acquisition facts; null means unknown.
+        ("contrast", pa.string()),
+        ("plane", pa.string()),
+        ("body_part", pa.string()),
+        ("vendor", pa.string()),
+        ("model_name", pa.string()),
+        ("field_strength_t", pa.float64()),
+        ("tr_ms", pa.float64()),
+        ("te_ms", pa.float64()),
+        ("ti_ms", pa.float64()),
+        ("flip_angle_deg", pa.float64()),
+        ("sex", pa.string()),  # F | M | O
+        ("age_years", pa.float64()),
+        ("preprocessing_version", pa.string()),
+    ],
+    metadata={"omnimri_schema_version": str(SCHEMA_VERSION)},
+)
+
+FACTS = (
+    "contrast", "plane", "body_part", "vendor", "model_name", "field_strength_t",
+    "tr_ms", "te_ms", "ti_ms", "flip_angle_deg", "sex", "age_years",
+)  # fmt: skip
+"""Columns that a reader may fill from a header, and `Scan.facts` carries."""
+
+
+def pack_array(array: np.ndarray | None) -> dict[str, Any] | None:
+    """An array as the ARRAY struct; None stays None."""
+    if array is None:
+        return None
+    contiguous = np.ascontiguousarray(array)
+    return {"data": contiguous.tobytes(), "shape": list(contiguous.shape), "dtype": contiguous.dtype.str}
+
+
+def unpack_array(packed: dict[str, Any] | None) -> np.ndarray | None:
+    """Inverse of `pack_array`; the result shares the bytes and is read-only."""
+    if packed is None:
+        return None
+    dtype = np.dtype(packed["dtype"])
+    if dtype.hasobject:
+        raise ValueError(f"Array column holds dtype {dtype}, which would need pickle; expected a plain number type.")
+    return np.frombuffer(packed["data"], dtype=dtype).reshape(packed["shape"])

@@ -1,0 +1,88 @@
+"""The bridges: what they must do whatever the network has learned."""
+
+import pytest
+import torch
+
+from omnimri.models import image_decoder
+from omnimri.models.config import preset
+from omnimri.models.image_decoder import ImageDecoder, Measurement, bridge_state
+from omnimri.models.physics import SenseOperator, relative_residual
+
+
+def decoder_and_inputs(rng: torch.Generator, height: int = 48, width: int = 40) -> tuple:
+    config = preset("tiny")
+    channels = tuple(config.vision.embed_dim * f for f in (1, 2, 4, 8, 8))
+    torch.manual_seed(0)
+    decoder = ImageDecoder(config.image_decoder, config.connector.dim, channels).eval()
+    condition = torch.randn(2, 16, config.connector.dim, generator=rng)
+    pyramid = [
+        torch.randn(2, c, -(-height // s), -(-width // s), generator=rng)
+        for c, s in zip(channels, (2, 4, 8, 16, 16), strict=True)
+    ]
+    return decoder, condition, pyramid
+
+
+def measurement(rng: torch.Generator, height: int = 48, width: int = 40) -> tuple[Measurement, torch.Tensor]:
+    maps = torch.randn(2, 4, height, width, dtype=torch.complex64, generator=rng)
+    maps = maps / maps.abs().square().sum(1, keepdim=True).sqrt()
+    truth = torch.randn(2, height, width, dtype=torch.complex64, generator=rng)
+    operator = SenseOperator(maps, torch.arange(width) % 2 == 0)
+    kspace = operator.forward(truth)
+    return Measurement(kspace, operator, operator.adjoint(kspace)), truth
+
+
+def test_untrained_decoder_starts_at_the_zero_filled_image(rng: torch.Generator) -> None:
+    """The last convolution starts at zero, so that training begins where the data are."""
+    decoder, condition, pyramid = decoder_and_inputs(rng)
+    measured, _ = measurement(rng)
+    estimate = decoder.predict_image(
+        measured.zero_filled, torch.ones(2), measured, condition, pyramid, consistent=False
+    )
+    torch.testing.assert_close(estimate, measured.zero_filled)
+
+
+@pytest.mark.parametrize("num_steps", [1, 3, 8])
+def test_any_number_of_steps_returns_what_an_oracle_predicts(
+    rng: torch.Generator, monkeypatch: pytest.MonkeyPatch, num_steps: int
+) -> None:
+    decoder, condition, pyramid = decoder_and_inputs(rng)
+    measured, truth = measurement(rng)
+    monkeypatch.setattr(decoder, "predict_image", lambda *args, **kwargs: truth)
+    image = decoder.reconstruct(measured, condition, pyramid, num_steps=num_steps)
+    torch.testing.assert_close(image, truth, rtol=1e-4, atol=1e-5)
+
+
+def test_reconstruction_stays_true_to_the_measurement(rng: torch.Generator) -> None:
+    """Data consistency inside each step: even an untrained network's image explains the data far better."""
+    decoder, condition, pyramid = decoder_and_inputs(rng)
+    measured, _ = measurement(rng)
+    image = decoder.reconstruct(measured, condition, pyramid, num_steps=4)
+    before = relative_residual(measured.zero_filled, measured.kspace, measured.operator)
+    after = relative_residual(image, measured.kspace, measured.operator)
+    assert (after < 0.2 * before).all()
+
+
+def test_steps_run_from_one_to_zero_without_a_second_shift() -> None:
+    assert [(round(a, 4), round(b, 4)) for _, a, b in image_decoder._steps(4)] == [
+        (1.0, 0.75), (0.75, 0.5), (0.5, 0.25), (0.25, 0.0)
+    ]  # fmt: skip
+
+
+def test_bridge_has_its_ends_where_they_belong(rng: torch.Generator) -> None:
+    clean, start = torch.randn(3, 8, 8, generator=rng), torch.randn(3, 8, 8, generator=rng)
+    torch.testing.assert_close(bridge_state(clean, start, torch.ones(3), 0.5), start)
+    torch.testing.assert_close(bridge_state(clean, start, torch.zeros(3), 0.5), clean)
+
+
+@pytest.mark.parametrize(("height", "width"), [(48, 40), (50, 45), (17, 33)])
+def test_any_matrix_size_is_segmented(rng: torch.Generator, height: int, width: int) -> None:
+    decoder, condition, pyramid = decoder_and_inputs(rng, height, width)
+    probability = decoder.segment(torch.randn(2, height, width, generator=rng), condition, pyramid, num_steps=2)
+    assert probability.shape == (2, height, width)
+    assert ((probability >= 0) & (probability <= 1)).all()
+
+
+def test_number_of_steps_is_bounded(rng: torch.Generator) -> None:
+    decoder, condition, pyramid = decoder_and_inputs(rng)
+    with pytest.raises(ValueError, match="expected 1 to 50"):
+        decoder.segment(torch.zeros(2, 48, 40), condition, pyramid, num_steps=0)
