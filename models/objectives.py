@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -166,6 +167,24 @@ class InstructionTuning(nn.Module):
             losses["loss"] = losses["loss"] + self.weights.image * losses["loss_segment"]
         return losses
 
+    @torch.no_grad()
+    def pictures(self, batch: Batch) -> dict[str, np.ndarray]:
+        """One row of the batch's first slices as it would be answered in one step: start | answer | truth, in [0, 1]."""
+        visual = self.model.aligned_tokens(batch["volume"], batch["spacing_mm"], batch["contrast"])
+        hidden, _ = _run_backbone(self.model, batch, visual)
+        if "kspace" in batch:
+            measured = _measurement(batch)
+            answer = self.model.image_decoder.reconstruct(
+                measured, self._condition(batch, hidden), self._pyramid(measured.zero_filled.abs()), num_steps=1
+            )
+            return {"reconstruct": _tiles(measured.zero_filled.abs(), answer.abs(), batch["target"].abs())}
+        if "slice_target" in batch:
+            answer = self.model.image_decoder.segment(
+                batch["slices"], self._condition(batch, hidden), self._pyramid(batch["slices"]), num_steps=1
+            )
+            return {"segment": _tiles(batch["slices"], answer, batch["slice_target"].float())}
+        return {}
+
     def _condition(self, batch: Batch, hidden: Tensor) -> Tensor:
         """Connector output per slice, `(B S, K, P)`."""
         states = hidden[batch["query_places"]].unflatten(0, (len(hidden), -1))
@@ -174,8 +193,7 @@ class InstructionTuning(nn.Module):
 
     def _reconstruction_loss(self, batch: Batch, condition: Tensor) -> Tensor:
         """Mean absolute error of the complex image plus half of one minus SSIM of its magnitude."""
-        operator = SenseOperator(batch["sens_maps"], batch["mask"][:, None, None])
-        measured = Measurement(batch["kspace"], operator, operator.adjoint(batch["kspace"]))
+        measured = _measurement(batch)
         pyramid = self._pyramid(measured.zero_filled.abs())
         target = batch["target"]
         time = self._times(len(target), target.device)
@@ -208,6 +226,17 @@ class InstructionTuning(nn.Module):
     def _pyramid(self, slices: Tensor) -> list[Tensor]:
         """Swin maps of slices `(B, H, W)` as volumes of depth one; the encoder is frozen."""
         return slice_pyramid(self.model, slices)
+
+
+def _measurement(batch: Batch) -> Measurement:
+    operator = SenseOperator(batch["sens_maps"], batch["mask"][:, None, None])
+    return Measurement(batch["kspace"], operator, operator.adjoint(batch["kspace"]))
+
+
+def _tiles(*columns: Tensor, rows: int = 4) -> np.ndarray:
+    """Slices `(B, H, W)` of several kinds side by side, each scaled to [0, 1], the first few below one another."""
+    scaled = [(c - c.amin((1, 2), True)) / (c.amax((1, 2), True) - c.amin((1, 2), True)).clamp_min(1e-6) for c in columns]
+    return torch.cat([torch.cat(list(c[:rows]), dim=0) for c in scaled], dim=1).float().cpu().numpy()
 
 
 def slice_pyramid(model: OmniMRI, slices: Tensor) -> list[Tensor]:

@@ -62,7 +62,7 @@ class ClipHead(nn.Module):
         self.image = nn.Linear(hidden_size, dim, bias=False)
         self.text = nn.Linear(text_size, dim, bias=False)
         self.attention = nn.Linear(hidden_size, 1)
-        self.log_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
+        self.log_scale = nn.Parameter(torch.tensor([1 / 0.07]).log())  # one element: DeepSpeed sends no 0-d tensor
 
     def forward(self, tokens: Tensor, text_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Unit vectors `(B, D)` of images (aligned tokens `(B, N, H)`, pooled by attention) and of texts

@@ -22,17 +22,21 @@ class VisionEncoder(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.config = config
-        self.swin = SwinTransformer(
-            in_chans=1,
-            embed_dim=config.embed_dim,
-            window_size=config.window_size,
-            patch_size=config.patch_size,
-            depths=config.depths,
-            num_heads=config.num_heads,
-            spatial_dims=3,
-            downsample="mergingv2",
-        )
+        device = torch.get_default_device()
+        # MONAI's constructor reads linspace().item(), which a meta tensor cannot answer.
+        with torch.device("cpu") if device.type == "meta" else device:
+            self.swin = SwinTransformer(
+                in_chans=1,
+                embed_dim=config.embed_dim,
+                window_size=config.window_size,
+                patch_size=config.patch_size,
+                depths=config.depths,
+                num_heads=config.num_heads,
+                spatial_dims=3,
+                downsample="mergingv2",
+            )
         self.swin.layers4[0].downsample = None
+        self.swin.to(device)
         self.mask_token = nn.Parameter(torch.zeros(config.embed_dim))
 
     def forward(self, volume: Tensor, masked: Tensor | None = None) -> list[Tensor]:

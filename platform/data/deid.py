@@ -1,0 +1,102 @@
+"""Pseudonyms and splits. Raw identifiers stay in the process that read them; rows carry keyed hashes.
+
+A pseudonym is an HMAC-SHA256 under a secret key, so that nobody without the key can test a guess. The split must not
+change with the key: it is drawn from a hash under a public salt, and that hash is not stored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import secrets
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from omnimri.platform.data.facts import Facts
+from omnimri.platform.data.schema import FACTS
+
+KEY_VARIABLE = "OMNIMRI_DEID_KEY"
+"""Environment variable that holds the key; it wins over the key file."""
+
+SPLITS = ("train", "val", "test")
+_SPLIT_SALT = b"omnimri split 1"
+_MIN_KEY_LENGTH = 16
+
+
+def load_key(path: Path) -> bytes:
+    """The pseudonym key: from the environment, else from the key file, which is made (mode 0600) if it is not there.
+
+    Keep the file apart from the data, or delete it: with it, pseudonyms of known patients can be computed again.
+
+    Raises:
+        ValueError: If the key is shorter than 16 characters.
+    """
+    given = os.environ.get(KEY_VARIABLE, "").strip()
+    where = KEY_VARIABLE if given else str(path)
+    if not given:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "w", encoding="ascii") as file:
+                file.write(secrets.token_hex(32))
+        given = path.read_text(encoding="ascii").strip()
+    if len(given) < _MIN_KEY_LENGTH:
+        raise ValueError(f"{where}: the pseudonym key has {len(given)} characters, expected {_MIN_KEY_LENGTH} or more.")
+    return given.encode()
+
+
+def pseudonym(key: bytes, *parts: str) -> str:
+    """Sixteen hexadecimal digits of HMAC-SHA256 over the parts."""
+    return hmac.new(key, "\x1f".join(parts).encode(), hashlib.sha256).hexdigest()[:16]
+
+
+def assign_splits(
+    patients: Iterable[tuple[str, str]], fractions: tuple[float, float, float], *, seed: int, by: str
+) -> dict[tuple[str, str], str]:
+    """Put every patient of every data set in one split.
+
+    Args:
+        patients: `(dataset, raw patient key)`.
+        fractions: Shares of train, val and test.
+        seed: Another seed is another split.
+        by: `rank` cuts the patients of a data set, ordered by hash, at exactly these shares (at least one patient in
+            every split that has a share, from three patients on). `hash` decides each patient on its own, so that
+            a data set may grow and no patient changes sides, at the price of shares that hold only on average.
+    """
+    draws: dict[str, dict[str, float]] = {}
+    for dataset, patient in patients:
+        draws.setdefault(dataset, {})[patient] = _draw(seed, dataset, patient)
+    splits: dict[tuple[str, str], str] = {}
+    for dataset, of_patient in draws.items():
+        if by == "hash":
+            chosen = {patient: _split_at(value, fractions) for patient, value in of_patient.items()}
+        else:
+            ordered = sorted(of_patient, key=lambda patient: (of_patient[patient], patient))
+            chosen = dict(zip(ordered, _ranked_splits(len(ordered), fractions), strict=True))
+        splits.update({(dataset, patient): split for patient, split in chosen.items()})
+    return splits
+
+
+def _draw(seed: int, dataset: str, patient: str) -> float:
+    """A number in [0, 1) that only the seed, the data set and the patient decide."""
+    digest = hmac.new(_SPLIT_SALT, f"{seed}\x1f{dataset}\x1f{patient}".encode(), hashlib.sha256).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def _split_at(value: float, fractions: tuple[float, float, float]) -> str:
+    train, val, _ = fractions
+    return "train" if value < train else "val" if value < train + val else "test"
+
+
+def _ranked_splits(num_patients: int, fractions: tuple[float, float, float]) -> list[str]:
+    least = 1 if num_patients >= len(SPLITS) else 0
+    val, test = (max(least, round(share * num_patients)) if share > 0 else 0 for share in fractions[1:])
+    if fractions[0] <= 0:
+        val = num_patients - test
+    return ["train"] * (num_patients - val - test) + ["val"] * val + ["test"] * test
+
+
+def whitelisted(facts: Mapping[str, object]) -> Facts:
+    """Only the facts that the schema knows; anything else that a reader put there stays behind."""
+    return {name: facts.get(name) for name in FACTS}  # type: ignore[misc]

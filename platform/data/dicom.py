@@ -1,0 +1,361 @@
+"""DICOM: which instances are volumes of magnitude images, and reading a series of them.
+
+Geometry comes from highdicom. A series is sorted by position along the slice normal, never by Instance Number; the
+rescale is applied slice by slice; several images at one position become several volumes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import highdicom
+import numpy as np
+import pydicom
+from pydicom.dataset import Dataset
+
+from omnimri.models.scan import Scan
+from omnimri.platform.data.facts import dicom_facts
+from omnimri.platform.data.records import (
+    UNREADABLE,
+    ReadError,
+    ReadLimits,
+    SeriesRecord,
+    check_array_bytes,
+    quiet_libraries,
+)  # fmt: skip
+
+MR_IMAGE = "1.2.840.10008.5.1.4.1.1.4"
+ENHANCED_MR_IMAGE = "1.2.840.10008.5.1.4.1.1.4.1"
+_DEFLATED = b"1.2.840.10008.1.2.1.99"
+
+LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+
+_MAPS = frozenset(
+    {
+        "ADC", "EADC", "FA", "TENSOR", "TTP", "RCBV", "RCBF", "CBF", "CBV", "MTT", "PBP", "TMAX", "T1 MAP", "T2 MAP",
+        "T2* MAP", "R2 MAP", "R2* MAP", "B0 MAP", "B1 MAP", "T1_MAP", "T2_MAP", "T2_STAR_MAP", "R2_MAP", "B0_MAP",
+        "FIELDMAP", "SUBTRACT", "SUBTRACTION", "PROJECTION IMAGE", "MIP", "MINIP", "MAX_IP", "MIN_IP",
+    }
+)  # fmt: skip
+"""Image Type values of maps and projections, whose intensities are not those of an acquired contrast."""
+
+_NOT_MAGNITUDE = frozenset({"P", "PHASE", "PHASE MAP", "R", "REAL", "I", "IMAGINARY"})
+
+_POSITION_TOLERANCE_MM = 0.01
+_SPACING_TOLERANCE = 0.05
+"""Slice gaps may differ from their mean by this share; headers round positions."""
+_ORIENTATION_TOLERANCE = 1e-3
+_LOCALISER_COSINE = 0.7
+"""Stacks of one series whose normals are further apart than 45 degrees are a three-plane localiser."""
+
+_TRUNCATED = ("The pixel data is too short: a truncated file.", "Transfer the file again.")
+
+PROBE_TAGS = [
+    "SOPClassUID", "SOPInstanceUID", "Modality", "ImageType", "SeriesDescription", "BurnedInAnnotation", "Rows",
+    "PatientID", "StudyInstanceUID", "SeriesInstanceUID", "PhotometricInterpretation", "NumberOfFrames",
+]  # fmt: skip
+
+_SPLIT_KEYS: tuple[Callable[[Dataset], Any], ...] = (
+    lambda d: _number(d, "EchoTime"),
+    lambda d: _number(d, "EchoNumbers"),
+    lambda d: _b_value(d),
+    lambda d: str(d.get("DiffusionGradientOrientation", "")),
+    lambda d: _number(d, "InversionTime"),
+    lambda d: _number(d, "FlipAngle"),
+    lambda d: str(d.get("ImageType", "")),
+    lambda d: _number(d, "TemporalPositionIdentifier"),
+    lambda d: _number(d, "TriggerTime"),
+    lambda d: _number(d, "AcquisitionNumber"),
+    lambda d: str(d.get("AcquisitionTime", "")),
+)
+"""What tells images at one position apart, in the order it is tried."""
+
+
+def probe(stream: BinaryIO, source: str, num_bytes: int) -> Dataset:
+    """Read the few header values that decide what an instance is; pixels stay on disk.
+
+    Raises:
+        ReadError: If this is no DICOM, or not a magnitude image of MR, with the reason.
+    """
+    if _DEFLATED in stream.read(1024):
+        raise ReadError(source, "The DICOM object is deflated as a whole, which bounds nothing.", "Inflate it first.")
+    stream.seek(0)
+    try:
+        with quiet_libraries():
+            header = pydicom.dcmread(stream, stop_before_pixels=True, force=True, specific_tags=PROBE_TAGS)
+            is_dicom = bool(header.get("SOPClassUID") and header.get("SeriesInstanceUID"))
+            num_pixel_bytes = num_bytes - stream.tell()
+    except UNREADABLE as error:
+        raise ReadError(source, "Not a readable DICOM file.", "Export it again.") from error
+    if not is_dicom:
+        raise ReadError(source, "Not a DICOM image: no SOP class or series in its header.", "Export it again.")
+    refusal = _refusal(header)
+    if refusal:
+        raise ReadError(source, *refusal)
+    if not _is_compressed(header) and num_pixel_bytes < _pixel_bytes(header):
+        raise ReadError(source, *_TRUNCATED)
+    return header
+
+
+def _is_compressed(header: Dataset) -> bool:
+    syntax = header.file_meta.get("TransferSyntaxUID") if hasattr(header, "file_meta") else None
+    return syntax is not None and syntax.is_encapsulated
+
+
+def _pixel_bytes(header: Dataset) -> int:
+    """Bytes that uncompressed pixels take."""
+    counts = [int(header.get(name) or 1) for name in ("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel")]
+    return int(np.prod(counts)) * int(header.get("BitsAllocated") or 8) // 8
+
+
+def _refusal(header: Dataset) -> tuple[str, str] | None:
+    """Why an instance is not a magnitude image of an MR acquisition, and what to do; None if it is one."""
+    modality = re.sub(r"[^A-Z]", "", str(header.get("Modality") or "").upper())[:16]
+    image_type = [str(value).upper() for value in header.get("ImageType") or []]
+    description = str(header.get("SeriesDescription") or "").lower()
+    if modality != "MR":
+        return f"Modality {modality or 'is missing'}, expected MR.", "Only MR is read."
+    if header.SOPClassUID not in (MR_IMAGE, ENHANCED_MR_IMAGE):
+        return f"Not an MR image but {pydicom.uid.UID(header.SOPClassUID).name}.", "Leave it out."
+    if not header.get("Rows"):
+        return "The MR object holds no image.", "Leave it out."
+    if str(header.get("PhotometricInterpretation", "")) not in ("MONOCHROME1", "MONOCHROME2"):
+        return "A colour image, not a measured one.", "Leave it out."
+    if str(header.get("BurnedInAnnotation", "")).upper() == "YES":
+        return "Text is burned into the pixels and may identify the patient.", "Clean the pixels first."
+    if "MOSAIC" in image_type:
+        return "A Siemens mosaic, which is not unpacked yet.", "Convert it with dcm2niix and ingest the NIfTI."
+    if "LOCALIZER" in image_type or re.search(r"localis|localiz|\bscout|survey|3.?plane|\bloc\b", description):
+        return "A localiser.", "Nothing to do: localisers are left out."
+    if _MAPS & set(image_type):
+        return "A derived map or projection, not an acquired contrast.", "Nothing to do: maps are left out."
+    if _NOT_MAGNITUDE & set(image_type[2:4]):
+        return "A phase, real or imaginary image, not a magnitude.", "Nothing to do: only magnitudes are read."
+    return None
+
+
+def keys(header: Dataset) -> tuple[str, str, str]:
+    """Raw patient, study and series identifiers; a study stands in for a patient without one."""
+    study = str(header.get("StudyInstanceUID") or "")
+    series = str(header.get("SeriesInstanceUID") or "")
+    return str(header.get("PatientID") or "") or study or series, study, series
+
+
+def read_series(paths: Sequence[Path], source: str, limits: ReadLimits) -> tuple[list[SeriesRecord], list[ReadError]]:
+    """Read the instances of one series, given in any order.
+
+    Args:
+        paths: Files of one Series Instance UID.
+        source: Name of the series in records and errors.
+        limits: Bounds on sizes.
+
+    Returns:
+        One record per volume, ordered by stack and then by what tells the volumes apart, and what was refused.
+    """
+    try:
+        with quiet_libraries():
+            datasets = [pydicom.dcmread(path, force=True) for path in paths]
+            for dataset in datasets:
+                _check_size(dataset, source, limits)
+            volumes = [volume for stack in _stacks(datasets, source) for volume in _split(stack, source)]
+    except ReadError as error:
+        return [], [error]
+    except UNREADABLE as error:
+        return [], [ReadError(source, f"The headers of the series cannot be read ({type(error).__name__}).")]
+    records, errors = [], []
+    for index, volume in enumerate(volumes):
+        try:
+            with quiet_libraries():
+                records.append(_record(volume, source, index, len(volumes)))
+        except ReadError as error:
+            errors.append(error)
+    return records, errors
+
+
+def _check_size(dataset: Dataset, source: str, limits: ReadLimits) -> None:
+    num_voxels = int(dataset.Rows) * int(dataset.Columns) * int(dataset.get("NumberOfFrames") or 1)
+    check_array_bytes(4 * num_voxels, source, limits)
+
+
+def _stacks(datasets: Sequence[Dataset], source: str) -> list[list[Dataset]]:
+    """Instances grouped by matrix, orientation and spacing; an enhanced object is a stack of its own."""
+    stacks: dict[tuple[Any, ...], list[Dataset]] = defaultdict(list)
+    for index, dataset in enumerate(datasets):
+        if dataset.SOPClassUID == ENHANCED_MR_IMAGE:
+            stacks[(index,)].append(dataset)
+            continue
+        if not all(dataset.get(name) for name in ("ImageOrientationPatient", "ImagePositionPatient", "PixelSpacing")):
+            raise ReadError(
+                source, "Image Position, Image Orientation or Pixel Spacing is missing.", "Export it with geometry."
+            )
+        orientation = tuple(round(float(v), 3) + 0.0 for v in dataset.ImageOrientationPatient)
+        spacing = tuple(round(float(v), 4) for v in dataset.PixelSpacing)
+        stacks[(int(dataset.Rows), int(dataset.Columns), *orientation, *spacing)].append(dataset)
+    normals = [_normal(stack[0]) for stack in stacks.values() if stack[0].SOPClassUID != ENHANCED_MR_IMAGE]
+    if any(abs(a @ b) < _LOCALISER_COSINE for a in normals for b in normals):
+        raise ReadError(source, "A localiser: slices in several orientations.", "Nothing to do: they are left out.")
+    return [stacks[key] for key in sorted(stacks)]
+
+
+def _normal(dataset: Dataset) -> np.ndarray:
+    """Unit slice normal in LPS: row direction times column direction."""
+    orientation = np.array(dataset.ImageOrientationPatient, dtype=float)
+    return np.cross(orientation[:3], orientation[3:])
+
+
+def _position_indices(stack: list[Dataset]) -> list[int]:
+    """Which of the distinct positions along the normal each instance has."""
+    normal = _normal(stack[0])
+    offsets = np.array([normal @ np.array(d.ImagePositionPatient, dtype=float) for d in stack])
+    order = np.argsort(offsets, kind="stable")
+    steps = np.diff(offsets[order], prepend=offsets[order[0]]) > _POSITION_TOLERANCE_MM
+    indices = np.empty(len(stack), dtype=int)
+    indices[order] = np.cumsum(steps)
+    return indices.tolist()
+
+
+def _split(stack: list[Dataset], source: str) -> list[list[Dataset]]:
+    """Split a stack with several images at one position into volumes with one image at each."""
+    if stack[0].SOPClassUID == ENHANCED_MR_IMAGE:
+        return [stack]
+    positions = dict(zip(map(id, stack), _position_indices(stack), strict=True))
+    return _split_group(stack, positions, _SPLIT_KEYS, source)
+
+
+def _split_group(
+    group: list[Dataset], positions: dict[int, int], split_keys: Sequence[Callable[[Dataset], Any]], source: str
+) -> list[list[Dataset]]:
+    num_positions = len({positions[id(d)] for d in group})
+    if num_positions == len(group):
+        return [group]
+    for index, key in enumerate(split_keys):
+        parts: dict[Any, list[Dataset]] = defaultdict(list)
+        for dataset in group:
+            parts[key(dataset)].append(dataset)
+        # A value that varies from slice to slice (an acquisition time) is no volume: every part must be complete.
+        complete = all(len({positions[id(d)] for d in part}) == num_positions for part in parts.values())
+        if len(parts) > 1 and complete:
+            rest = split_keys[index + 1 :]
+            return [v for value in sorted(parts) for v in _split_group(parts[value], positions, rest, source)]
+    return _split_by_rank(group, positions, source)
+
+
+def _split_by_rank(group: list[Dataset], positions: dict[int, int], source: str) -> list[list[Dataset]]:
+    """Volume k takes the k-th image at each position by Instance Number: all that older time series leave us."""
+    by_position: dict[int, list[Dataset]] = defaultdict(list)
+    for dataset in group:
+        by_position[positions[id(dataset)]].append(dataset)
+    counts = sorted({len(images) for images in by_position.values()})
+    if len(counts) > 1:
+        raise ReadError(
+            source,
+            f"{len(group)} images at {len(by_position)} positions, {counts[0]} to {counts[-1]} at each: "
+            "an incomplete volume.",
+            "Export the whole series.",
+        )
+    ranked = [sorted(images, key=lambda d: _number(d, "InstanceNumber")) for images in by_position.values()]
+    return [list(volume) for volume in zip(*ranked, strict=True)]
+
+
+def _number(dataset: Dataset, keyword: str) -> float:
+    """A header number for sorting and grouping; missing sorts first."""
+    value = dataset.get(keyword)
+    return float("-inf") if value is None or value == "" else round(float(np.atleast_1d(value)[0]), 4)
+
+
+def _b_value(dataset: Dataset) -> float:
+    """b-value from the standard element or the private ones of Siemens, Philips and GE."""
+    for tag in ((0x0018, 0x9087), (0x0019, 0x100C), (0x2001, 0x1003), (0x0043, 0x1039)):
+        value = dataset.get(tag)
+        if value is not None and not isinstance(value.value, bytes):
+            number = np.atleast_1d(value.value)[0]
+            # GE adds 1e9 to mark the value as valid.
+            return float(number) % 1e9
+    return float("-inf")
+
+
+def _record(volume: list[Dataset], source: str, index: int, num_volumes: int) -> SeriesRecord:
+    enhanced = volume[0].SOPClassUID == ENHANCED_MR_IMAGE
+    try:
+        geometry = _enhanced_volume(volume[0]) if enhanced else _classic_volume(volume)
+    except UNREADABLE as error:
+        raise ReadError(source, *_why_unreadable(error, volume)) from error
+    image, affine = _to_scan_axes(geometry.array, geometry.affine)
+    header = _flat_header(volume[0]) if enhanced else volume[0]
+    patient, study, series = keys(volume[0])
+    return SeriesRecord(
+        scan=Scan(image=image, affine=affine, facts=dicom_facts(header, affine)),
+        source=source, source_format="dicom", patient_key=patient, study_key=study, series_key=series,
+        volume=index, num_volumes=num_volumes,
+    )  # fmt: skip
+
+
+def _classic_volume(volume: list[Dataset]) -> highdicom.Volume:
+    """Highdicom's volume of single-frame images, with the header values that it insists on put in place."""
+    first = volume[0]
+    thickness = first.get("SpacingBetweenSlices") or first.get("SliceThickness") or 1.0
+    for dataset in volume:
+        dataset.FrameOfReferenceUID = first.get("FrameOfReferenceUID") or first.SeriesInstanceUID
+        dataset.SeriesInstanceUID = first.SeriesInstanceUID
+        dataset.PixelSpacing = first.PixelSpacing
+    if len(volume) == 1:
+        first.SpacingBetweenSlices = abs(float(thickness)) or 1.0
+    return highdicom.get_volume_from_series(
+        volume, dtype=np.float32, apply_real_world_transform=False,
+        rtol=_SPACING_TOLERANCE, orientation_tol=_ORIENTATION_TOLERANCE,
+    )  # fmt: skip
+
+
+def _enhanced_volume(dataset: Dataset) -> highdicom.Volume:
+    image = highdicom.Image.from_dataset(dataset, copy=False)
+    return image.get_volume(dtype=np.float32, apply_real_world_transform=False, rtol=_SPACING_TOLERANCE)
+
+
+def _why_unreadable(error: BaseException, volume: list[Dataset]) -> tuple[str, str]:
+    """Reason and hint for a volume that highdicom or a pixel decoder refused; library texts are matched, not quoted."""
+    text = str(error).lower()
+    if "less than expected" in text or "end of" in text or isinstance(error, EOFError):
+        return _TRUNCATED
+    if "regularly" in text:
+        return _uneven_spacing(volume), "Export the whole series."
+    if "unable to decompress" in text or "decoder" in text or "plugin" in text:
+        return "The compressed pixel data cannot be decoded.", "Decompress it, for example with dcmdjpeg of dcmtk."
+    if volume[0].SOPClassUID == ENHANCED_MR_IMAGE:
+        return "The frames of the enhanced multi-frame object do not form one volume.", "Convert it with dcm2niix."
+    if "frame of reference" in text or "orientation" in text or "spacing" in text:
+        return "The slices do not share one orientation, spacing and frame of reference.", "Split the series."
+    return f"The series cannot be made a volume ({type(error).__name__}).", "Convert it with dcm2niix."
+
+
+def _uneven_spacing(volume: list[Dataset]) -> str:
+    if volume[0].SOPClassUID == ENHANCED_MR_IMAGE:
+        return "The frames are not evenly spaced, or several lie at one position."
+    normal = _normal(volume[0])
+    gaps = np.diff(sorted(normal @ np.array(d.ImagePositionPatient, dtype=float) for d in volume))
+    return f"Slices are {gaps.min():.2f} to {gaps.max():.2f} mm apart, expected even gaps: slices are missing."
+
+
+def _to_scan_axes(array: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """From highdicom's `(slice, row, column)` in LPS to `(Z, Y, X)` in RAS with z along the slice normal."""
+    ras = LPS_TO_RAS @ affine[:, [2, 1, 0, 3]]
+    if np.linalg.det(ras[:3, :3]) < 0:
+        array = array[::-1]
+        ras[:3, 3] += ras[:3, 2] * (array.shape[0] - 1)
+        ras[:3, 2] *= -1
+    return np.ascontiguousarray(array, dtype=np.float32), ras
+
+
+def _flat_header(dataset: Dataset) -> dict[str, Any]:
+    """Header values of an enhanced object by the keywords of a classic one, functional groups included."""
+    flat = {element.keyword: element.value for element in dataset if element.VR != "SQ" and element.keyword}
+    for name in ("PerFrameFunctionalGroupsSequence", "SharedFunctionalGroupsSequence"):
+        for macro in next(iter(dataset.get(name) or []), ()):
+            for item in list(macro.value or [])[:1] if macro.VR == "SQ" else []:
+                flat.update({e.keyword: e.value for e in item if e.VR != "SQ" and e.keyword})
+    flat.setdefault("EchoTime", flat.get("EffectiveEchoTime"))
+    flat.setdefault("InversionTime", flat.get("InversionTimes"))
+    return flat

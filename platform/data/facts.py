@@ -1,0 +1,239 @@
+"""Header facts in one vocabulary, whatever the vendor wrote: `Scan.facts` by the column names of the row schema.
+
+Only what stands here leaves a header: free text (descriptions, comments, names, dates) is read to find a contrast or a
+body part and then dropped.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from pydicom.dataset import Dataset
+
+Facts = dict[str, str | float | int | None]
+
+VENDORS = (
+    ("siemens", "Siemens"), ("philips", "Philips"), ("toshiba", "Canon"), ("canon", "Canon"),
+    ("hitachi", "Fujifilm"), ("fuji", "Fujifilm"), ("united imaging", "United Imaging"), ("uih", "United Imaging"),
+    ("bruker", "Bruker"), ("hyperfine", "Hyperfine"), ("esaote", "Esaote"), ("ge medical", "GE"),
+    ("ge healthcare", "GE"), ("general electric", "GE"),
+)  # fmt: skip
+"""Substring of the lower-cased manufacturer, and the name we use; the first match decides."""
+
+BODY_PARTS = (
+    ("brain", r"brain|head|cerebr|neuro|skull"), ("spine", r"spine|[ctl]-?spine|lumbar|thoracic|cervical"),
+    ("breast", r"breast|mamm"), ("knee", r"knee"), ("prostate", r"prostat"), ("heart", r"heart|cardiac|cardio"),
+    ("liver", r"liver|hepat"), ("abdomen", r"abdom"), ("pelvis", r"pelvi|uterus|rect"), ("shoulder", r"shoulder"),
+    ("hip", r"\bhip"), ("ankle", r"ankle|\bfoot"), ("wrist", r"wrist|\bhand"), ("neck", r"neck|larynx|thyroid"),
+    ("chest", r"chest|thorax|lung"), ("extremity", r"extremity|\barm|\bleg|elbow|femur|tibia"), ("phantom", r"phantom"),
+)  # fmt: skip
+"""Body part and the pattern that names it; the first match decides."""
+
+_CONTRAST_WORDS = (
+    ("FLAIR", r"flair|dark.?fluid"),
+    ("DWI", r"dwi|dti|diffusion|ep2d.?diff|\btrace"),
+    ("SWI", r"swi|swan|suscept|venbold"),
+    ("PWI", r"perf|\bdsc\b|\bdce\b|\basl\b"),
+    ("MRA", r"\btof\b|angio|\bmra\b|3di_(mc|sc)"),
+    ("BOLD", r"bold|fmri|resting"),
+    ("T2*w", r"t2.?star|t2\*|\bhemo\b|\bmedic\b"),
+    ("T1w", r"t1(?!rho|.?map)|mp.?rage|spgr|bravo|vibe|\btfl\b"),
+    ("T2w", r"t2(?!.?map)|ciss|fiesta"),
+    ("PD", r"(?<![a-z])pdw?(?![a-z])|proton|\bpdfs\b|corpd"),
+)
+"""Contrast and the words of a description that name it; the order matters (T2 FLAIR is FLAIR)."""
+
+_AGE_UNITS = {"Y": 1.0, "M": 1 / 12, "W": 1 / 52.18, "D": 1 / 365.25}
+MAX_AGE_YEARS = 90.0
+"""Ages above are reported as this number, as the HIPAA safe harbour asks."""
+
+
+def vendor(manufacturer: object) -> str | None:
+    """One name per manufacturer; `Other` for one we do not know, None where nothing usable is written."""
+    name = str(manufacturer or "").lower().strip()
+    if name in ("ge", "ge medical systems"):
+        return "GE"
+    for pattern, known in VENDORS:
+        if pattern in name:
+            return known
+    return "Other" if re.search(r"[a-z]{3}", name) else None
+
+
+def body_part(*texts: object) -> str | None:
+    """The first body part that one of the texts names, in the order given."""
+    for text in texts:
+        # An underscore is a word character to `\b`, and separates words in protocol names.
+        words = str(text or "").lower().replace("_", " ")
+        for part, pattern in BODY_PARTS:
+            if re.search(pattern, words):
+                return part
+    return None
+
+
+def sex(value: object) -> str | None:
+    """`F`, `M` or `O`; headers also hold empty strings and plain numbers."""
+    letter = str(value or "").strip().upper()[:1]
+    return letter if letter in ("F", "M", "O") else None
+
+
+def age_years(value: object) -> float | None:
+    """Years from a DICOM age string (`058Y`, `006M`) or a number; zero means not filled in on many scanners."""
+    text = str(value if value is not None else "").strip().upper()
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([YMWD]?)", text)
+    if not match:
+        return None
+    years = float(match[1]) * _AGE_UNITS[match[2] or "Y"]
+    return min(round(years, 2), MAX_AGE_YEARS) if 0 < years < 130 else None
+
+
+def number(value: object, *, scale: float = 1.0) -> float | None:
+    """A finite positive number times `scale`, or None; of a list, the first."""
+    if isinstance(value, (list, tuple)) or (hasattr(value, "__iter__") and not isinstance(value, (str, bytes))):
+        value = next(iter(value), None)  # type: ignore[call-overload]
+    try:
+        result = float(value) * scale  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return None
+    return round(result, 6) if math.isfinite(result) and result > 0 else None
+
+
+def field_strength_t(value: object) -> float | None:
+    """Nominal tesla: scanners write 1.4939999 for 1.5, and some write gauss."""
+    tesla = number(value)
+    if tesla is None:
+        return None
+    tesla = tesla / 10_000 if tesla > 100 else tesla
+    nominal = min((0.055, 0.3, 0.55, 1.0, 1.5, 3.0, 4.7, 7.0, 9.4), key=lambda known: abs(known - tesla))
+    return nominal if abs(nominal - tesla) <= 0.05 * nominal else round(tesla, 3)
+
+
+def model_name(value: object) -> str | None:
+    """The scanner model; anything but a short plain product name is dropped."""
+    text = str(value or "").strip()
+    return text if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9 ._+/-]{0,39}", text) else None
+
+
+def plane(affine: np.ndarray) -> str:
+    """Plane of the slices by the RAS axis closest to their normal."""
+    normal = np.cross(affine[:3, 0], affine[:3, 1])
+    return ("sagittal", "coronal", "axial")[int(np.argmax(np.abs(normal)))]
+
+
+def contrast(
+    *texts: object,
+    tr_ms: float | None = None,
+    te_ms: float | None = None,
+    ti_ms: float | None = None,
+    scanning_sequence: str = "",
+) -> str | None:
+    """Contrast from descriptions first, then from timing (a spin echo with short TR and TE is T1-weighted).
+
+    Args:
+        *texts: Descriptions, the most telling one first.
+        tr_ms: Repetition time.
+        te_ms: Echo time.
+        ti_ms: Inversion time.
+        scanning_sequence: DICOM Scanning Sequence values joined by spaces (SE, GR, IR, EP).
+
+    Returns:
+        `T1w`, `T2w`, `FLAIR`, `PD`, `DWI`...; None where neither words nor numbers decide.
+    """
+    for text in texts:
+        words = str(text or "").lower().replace("_", " ")
+        for name, pattern in _CONTRAST_WORDS:
+            if re.search(pattern, words):
+                return name
+    return _contrast_from_timing(tr_ms, te_ms, ti_ms, scanning_sequence.upper().split())
+
+
+def _contrast_from_timing(tr: float | None, te: float | None, ti: float | None, sequence: list[str]) -> str | None:
+    if tr is None or te is None or "EP" in sequence:
+        return None
+    if ti is not None and ti > 1500 and te > 60:
+        return "FLAIR"
+    if "GR" in sequence and "SE" not in sequence:
+        return "T1w" if te < 8 else None
+    if te > 60 and tr > 1500:
+        return "T2w"
+    if te < 40:
+        return "T1w" if tr < 1100 else "PD" if tr > 1500 else None
+    return None
+
+
+def dicom_facts(dataset: Mapping[str, Any] | Dataset, affine: np.ndarray) -> Facts:
+    """Facts of a DICOM header; `dataset` answers `get(keyword)`."""
+    get = dataset.get
+    tr, te, ti = (number(get(name)) for name in ("RepetitionTime", "EchoTime", "InversionTime"))
+    sequence = get("ScanningSequence") or ""
+    descriptions = [get(name) for name in ("SeriesDescription", "ProtocolName", "SequenceName")]
+    return {
+        "contrast": contrast(
+            *descriptions, tr_ms=tr, te_ms=te, ti_ms=ti,
+            scanning_sequence=sequence if isinstance(sequence, str) else " ".join(sequence),
+        ),
+        "plane": plane(affine),
+        "body_part": body_part(get("BodyPartExamined"), *descriptions[:2], get("StudyDescription")),
+        "vendor": vendor(get("Manufacturer")),
+        "model_name": model_name(get("ManufacturerModelName")),
+        "field_strength_t": field_strength_t(get("MagneticFieldStrength")),
+        "tr_ms": tr,
+        "te_ms": te,
+        "ti_ms": ti,
+        "flip_angle_deg": number(get("FlipAngle")),
+        "sex": sex(get("PatientSex")),
+        "age_years": age_years(get("PatientAge")),
+    }  # fmt: skip
+
+
+def sidecar_facts(sidecar: Mapping[str, Any], affine: np.ndarray, name: str) -> Facts:
+    """Facts of a BIDS or dcm2niix JSON sidecar (times in seconds) and the file name (`sub-01_T1w.nii.gz`)."""
+    get = sidecar.get
+    tr, te, ti = (number(get(key), scale=1000) for key in ("RepetitionTime", "EchoTime", "InversionTime"))
+    suffix = name.split(".")[0].rsplit("_", 1)[-1]
+    texts = [suffix if suffix != name else "", get("SeriesDescription"), get("ProtocolName")]
+    sequence = str(get("ScanningSequence") or "").replace("\\", " ").replace("_", " ")
+    return {
+        "contrast": contrast(*texts, name.split(".")[0], tr_ms=tr, te_ms=te, ti_ms=ti, scanning_sequence=sequence),
+        "plane": plane(affine),
+        "body_part": body_part(get("BodyPartExamined"), get("BodyPart"), *texts[1:]),
+        "vendor": vendor(get("Manufacturer")),
+        "model_name": model_name(get("ManufacturersModelName")),
+        "field_strength_t": field_strength_t(get("MagneticFieldStrength")),
+        "tr_ms": tr,
+        "te_ms": te,
+        "ti_ms": ti,
+        "flip_angle_deg": number(get("FlipAngle")),
+        "sex": sex(get("PatientSex")),
+        "age_years": age_years(get("PatientAge")),
+    }
+
+
+def ismrmrd_facts(header: Any, affine: np.ndarray, *, echo: int = 0) -> Facts:
+    """Facts of an ISMRMRD header (`ismrmrd.xsd.ismrmrdHeader`); fastMRI files carry the same XML."""
+    system = header.acquisitionSystemInformation
+    sequence = header.sequenceParameters
+    subject = header.subjectInformation
+    study = header.studyInformation
+    measurement = header.measurementInformation
+    echo_times = list(getattr(sequence, "TE", None) or [])
+    tr, ti = (number(getattr(sequence, name, None)) for name in ("TR", "TI"))
+    te = number(echo_times[echo] if echo < len(echo_times) else None)
+    texts = [getattr(measurement, name, None) for name in ("seriesDescription", "protocolName", "sequenceName")]
+    return {
+        "contrast": contrast(*texts, tr_ms=tr, te_ms=te, ti_ms=ti),
+        "plane": plane(affine),
+        "body_part": body_part(getattr(study, "bodyPartExamined", None), *texts[:2]),
+        "vendor": vendor(getattr(system, "systemVendor", None)),
+        "model_name": model_name(getattr(system, "systemModel", None)),
+        "field_strength_t": field_strength_t(getattr(system, "systemFieldStrength_T", None)),
+        "tr_ms": tr,
+        "te_ms": te,
+        "ti_ms": ti,
+        "flip_angle_deg": number(getattr(sequence, "flipAngle_deg", None)),
+        "sex": sex(getattr(getattr(subject, "patientGender", None), "value", getattr(subject, "patientGender", None))),
+        "age_years": None,
+    }

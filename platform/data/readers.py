@@ -1,0 +1,240 @@
+"""Find the volumes of a file, folder or zip, and read them: DICOM, NIfTI, fastMRI and ISMRMRD.
+
+Reading is in two steps. `probe_files` looks at headers only and `group` makes one work item of each series; `read_item`
+then reads one item and returns what failed beside what was read. `ingest` runs both steps on many machines; `read_path`
+runs them here.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from omnimri.platform.data import dicom, kspace, nifti
+from omnimri.platform.data.records import UNREADABLE, ReadError, ReadLimits, SeriesRecord
+from omnimri.platform.data.sources import Archive, Folder, Source, open_container, open_sources
+
+ANNOTATIONS_NAME = "annotations.json"
+
+_HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
+_DICOM_SUFFIXES = frozenset({"", ".dcm", ".ima", ".dicom"})
+_AUXILIARY_SUFFIXES = frozenset({".json", ".tsv", ".csv", ".bval", ".bvec", ".txt", ".md", ".rst", ".html", ".pdf"})
+_AUXILIARY_NAMES = frozenset({"DICOMDIR", "README", "CHANGES", "LICENSE", "LICENCE", "VERSION"})
+_CONVERTIBLE = {
+    ".par": "Philips PAR/REC", ".rec": "Philips PAR/REC", ".mgz": "FreeSurfer MGH", ".mgh": "FreeSurfer MGH",
+    ".mnc": "MINC", ".hdr": "Analyze or NIfTI pair", ".img": "Analyze or NIfTI pair", ".brik": "AFNI", ".head": "AFNI",
+    ".nrrd": "NRRD", ".mha": "MetaImage", ".dat": "vendor raw data", ".mrd": "streamed MRD", ".7": "vendor raw data",
+}  # fmt: skip
+_LABEL_ENDINGS = ("_dseg", "_mask", "_probseg")
+"""BIDS suffixes of NIfTI files that hold labels, not images."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """What the header of one file says."""
+
+    name: str
+    """Relative to its container."""
+    kind: str
+    """`dicom`, `nifti`, `fastmri`, `ismrmrd`, `auxiliary` or `rejected`."""
+    num_bytes: int = 0
+    series: str = ""
+    """Files of one kind with the same series belong together."""
+    instance: str = ""
+    patient: str = ""
+    study: str = ""
+    reason: str = ""
+    hint: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkItem:
+    """One series to read: what a task needs to know."""
+
+    kind: str
+    container: str
+    """Absolute path of the folder or zip."""
+    names: tuple[str, ...]
+    """Files relative to the container, sorted."""
+    source: str
+    """How records and the ledger call it: relative to what the caller named."""
+    num_bytes: int
+    sidecar: str = ""
+    patient: str = ""
+    study: str = ""
+    series: str = ""
+
+
+def read_path(path: Path, limits: ReadLimits | None = None) -> tuple[list[SeriesRecord], list[ReadError]]:
+    """Read everything in a file, folder or zip into memory.
+
+    Args:
+        path: What to read.
+        limits: Bounds on sizes; the defaults are those of `ReadLimits`.
+
+    Returns:
+        One record per volume in a fixed order, and what was refused, with reasons. A zip that cannot be opened is
+        one refusal.
+
+    Raises:
+        FileNotFoundError: If nothing is there.
+    """
+    limits = limits or ReadLimits()
+    sources, errors = open_sources([path], limits)
+    records: list[SeriesRecord] = []
+    for source in sources:
+        items, refused = group(probe_files(source.container, source.sizes), source)
+        errors += refused
+        for item in items:
+            read, failed = read_item(item, limits)
+            records += read
+            errors += failed
+    return records, errors
+
+
+def probe_files(container: Folder | Archive, sizes: Mapping[str, int]) -> list[Probe]:
+    """Look at the headers of some files of a container (name to bytes); never raises for what a file holds."""
+    return [_probe(container, name, num_bytes) for name, num_bytes in sizes.items()]
+
+
+def _probe(container: Folder | Archive, name: str, num_bytes: int) -> Probe:
+    try:
+        return _identify(container, name, num_bytes)
+    except ReadError as error:
+        # Refused instances of one series, and one reason, become one line of the ledger.
+        return Probe(name=name, kind="rejected", reason=error.reason, hint=error.hint, num_bytes=num_bytes)
+    except UNREADABLE as error:
+        reason = f"The file cannot be opened ({type(error).__name__})."
+        return Probe(name=name, kind="rejected", reason=reason, hint="Copy it again.", num_bytes=num_bytes)
+
+
+def _identify(container: Folder | Archive, name: str, num_bytes: int) -> Probe:
+    """Decide by name and first bytes what a file is.
+
+    Raises:
+        ReadError: If it is nothing that can be read.
+    """
+    path = PurePosixPath(name)
+    suffix = path.suffix.lower()
+    if nifti.is_nifti(name):
+        if nifti.stem(name).endswith(_LABEL_ENDINGS):
+            return Probe(name=name, kind="label", num_bytes=num_bytes)
+        with container.open(name) as stream:
+            nifti.probe(stream, name)
+        patient, study, series = nifti.keys(name)
+        return Probe(name=name, kind="nifti", num_bytes=num_bytes, patient=patient, study=study, series=series)
+    with container.open(name) as stream:
+        head = stream.read(132)
+    if head.startswith(_HDF5_MAGIC):
+        with container.local([name]) as paths:
+            keys = kspace.probe(paths[name], name)
+        return Probe(
+            name=name, kind=keys.layout, num_bytes=num_bytes, patient=keys.patient, study=keys.study, series=name
+        )
+    is_auxiliary = suffix in _AUXILIARY_SUFFIXES or path.name.upper() in _AUXILIARY_NAMES
+    if (head[128:] == b"DICM" or suffix in _DICOM_SUFFIXES) and not is_auxiliary:
+        with container.open(name) as stream:
+            header = dicom.probe(stream, name, num_bytes)
+        patient, study, series = dicom.keys(header)
+        instance = str(header.get("SOPInstanceUID") or name)
+        return Probe(
+            name=name, kind="dicom", num_bytes=num_bytes,
+            patient=patient, study=study, series=series, instance=instance,
+        )  # fmt: skip
+    if is_auxiliary:
+        return Probe(name=name, kind="auxiliary", num_bytes=num_bytes)
+    if suffix == ".zip":
+        raise ReadError(name, "A zip inside a folder or zip.", "Name it as a source of its own, or unpack it.")
+    if suffix in _CONVERTIBLE:
+        raise ReadError(name, f"{_CONVERTIBLE[suffix]} is not read.", "Convert it to NIfTI or ISMRMRD HDF5.")
+    raise ReadError(
+        name, f"Unknown file type {suffix or 'without extension'}.", "Read are DICOM, NIfTI, fastMRI and ISMRMRD HDF5."
+    )
+
+
+def group(
+    probes: Iterable[Probe], source: Source, *, label_maps: frozenset[str] = frozenset()
+) -> tuple[list[WorkItem], list[ReadError]]:
+    """Make one work item per series, whatever the order of the probes.
+
+    Args:
+        probes: Of all files of one source.
+        source: Where the files are.
+        label_maps: Files that annotations name as label maps, which are no volumes of their own.
+
+    Returns:
+        Items sorted by source, and one error per refused series or file.
+    """
+    series: dict[tuple[str, str], dict[str, Probe]] = defaultdict(dict)
+    refused: dict[tuple[str, str, str], list[str]] = defaultdict(list)
+    for probe in sorted(probes, key=lambda p: p.name):
+        folder = PurePosixPath(probe.name).parent.as_posix()
+        if probe.kind in ("dicom", "nifti", "fastmri", "ismrmrd") and probe.name not in label_maps:
+            members = series[(probe.kind, probe.series)]
+            first = members.setdefault(probe.instance or probe.name, probe)
+            if first is not probe:
+                reason = f"A copy of an instance in {source.prefix}{PurePosixPath(first.name).parent}/."
+                refused[(folder, reason, "Nothing to do: one copy is enough.")].append(probe.name)
+        elif refusal := _refusal(probe, label_maps, source.named_alone):
+            refused[(folder, *refusal)].append(probe.name)
+    items = [_work_item(kind, list(members.values()), source) for (kind, _), members in series.items()]
+    errors = [
+        ReadError(f"{source.prefix}{files[0]}" + (f" and {len(files) - 1} more" if files[1:] else ""), reason, hint)
+        for (_, reason, hint), files in refused.items()
+    ]
+    return sorted(items, key=lambda i: (i.source, i.series)), sorted(errors, key=lambda e: (e.source, e.reason))
+
+
+def _refusal(probe: Probe, label_maps: frozenset[str], named_alone: bool) -> tuple[str, str] | None:
+    """Reason and hint of a file that is no volume; None for what merely lies beside volumes."""
+    if probe.kind == "rejected":
+        return probe.reason, probe.hint
+    if probe.kind == "label" and probe.name not in label_maps:
+        return "A label map that no annotations.json names.", "List it under its series in annotations.json."
+    if probe.kind == "auxiliary" and named_alone:
+        return "Not an image.", "Read are DICOM, NIfTI, fastMRI and ISMRMRD HDF5."
+    return None
+
+
+def _work_item(kind: str, members: list[Probe], source: Source) -> WorkItem:
+    files = tuple(member.name for member in members)
+    folders = {PurePosixPath(name).parent.as_posix() for name in files}
+    # A series that fills a folder is called by the folder.
+    name = files[0] if len(files) == 1 or folders == {"."} else min(folders)
+    sidecar = PurePosixPath(files[0]).with_name(f"{nifti.stem(files[0])}.json").as_posix()
+    return WorkItem(
+        kind=kind,
+        container=str(source.container.path.absolute()),
+        names=files,
+        source=source.prefix + name,
+        num_bytes=sum(member.num_bytes for member in members),
+        sidecar=sidecar if kind == "nifti" and source.container.holds(sidecar) else "",
+        patient=members[0].patient,
+        study=members[0].study,
+        series=members[0].series,
+    )
+
+
+def read_item(item: WorkItem, limits: ReadLimits) -> tuple[list[SeriesRecord], list[ReadError]]:
+    """Read the volumes of one series; what a file holds never raises, it is returned as an error."""
+    try:
+        container = open_container(Path(item.container), limits)
+        with container.local(filter(None, (*item.names, item.sidecar))) as paths:
+            return _read_local(item, paths, limits)
+    except ReadError as error:
+        return [], [error]
+    except UNREADABLE as error:
+        return [], [ReadError(item.source, f"The series cannot be read ({type(error).__name__}).", "Copy it again.")]
+
+
+def _read_local(
+    item: WorkItem, paths: dict[str, Path], limits: ReadLimits
+) -> tuple[list[SeriesRecord], list[ReadError]]:
+    first = paths[item.names[0]]
+    if item.kind == "dicom":
+        return dicom.read_series([paths[name] for name in item.names], item.source, limits)
+    if item.kind == "nifti":
+        return nifti.read_nifti(first, item.source, limits, paths.get(item.sidecar))
+    return kspace.read_kspace(first, item.source, limits)

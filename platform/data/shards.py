@@ -1,0 +1,186 @@
+"""Read a corpus of Parquet shards: which rows there are, and one row at a time. Plain pyarrow, no Ray."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from omnimri.models.scan import Scan
+from omnimri.platform.data.schema import FACTS, SCHEMA, SCHEMA_VERSION
+
+MANIFEST_NAME = "manifest.json"
+SHARDS_FOLDER = "shards"
+
+ARRAYS = ("image", "kspace", "mask", "label_map")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowRef:
+    """One row of a manifest: enough to choose rows without opening a shard."""
+
+    row_id: str
+    path: str
+    """Absolute path of the Parquet file."""
+    row_group: int
+    digest: str
+    """SHA-256 of the row's content, pseudonyms and split left out."""
+    dataset: str
+    licence: str | None
+    simulated: bool
+    split: str
+    patient_id: str
+    study_id: str
+    series_id: str
+    source_format: str
+    shape: tuple[int, int, int]
+    """`(Z, Y, X)`."""
+    spacing_mm: tuple[float, float, float]
+    """`(z, y, x)`."""
+    contrast: str | None
+    plane: str | None
+    body_part: str | None
+    vendor: str | None
+    field_strength_t: float | None
+    sex: str | None
+    age_years: float | None
+    has_kspace: bool
+    fully_sampled: bool
+    """K-space without missing lines, fit to be a reconstruction target."""
+    has_labels: bool
+    has_boxes: bool
+    """Annotated for boxes; there may be none to find."""
+    has_classes: bool
+    has_report: bool
+    has_description: bool
+
+
+class Shards:
+    """The rows of one or several corpora."""
+
+    def __init__(self, rows: Sequence[RowRef], manifests: Sequence[dict[str, Any]]) -> None:
+        self.rows = list(rows)
+        self.manifests = list(manifests)
+
+    @classmethod
+    def open(cls, folders: Path | str | Iterable[Path | str]) -> Shards:
+        """Read the manifest of one folder or of several.
+
+        Raises:
+            ValueError: If a folder is no corpus, or its schema is of another version.
+        """
+        paths = [folders] if isinstance(folders, (str, Path)) else list(folders)
+        manifests = [_load_manifest(Path(folder)) for folder in paths]
+        rows = [
+            _row_ref(entry, Path(folder).absolute() / SHARDS_FOLDER)
+            for folder, manifest in zip(paths, manifests, strict=True)
+            for entry in manifest["rows"]
+        ]
+        return cls(rows, manifests)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def select(self, **conditions: Any) -> Shards:
+        """The rows whose fields equal the values given; a list, tuple or set means any of its members.
+
+        Raises:
+            ValueError: If a field is unknown.
+        """
+        known = RowRef.__dataclass_fields__
+        if unknown := sorted(set(conditions) - set(known)):
+            raise ValueError(f"Rows have no field {', '.join(unknown)}; known: {', '.join(known)}.")
+        rows = [row for row in self.rows if all(_matches(getattr(row, k), v) for k, v in conditions.items())]
+        return Shards(rows, self.manifests)
+
+    @cached_property
+    def digest(self) -> str:
+        """Version of the data: changes with any row's content, not with the order, the layout or the key."""
+        return content_digest((row.digest, row.split) for row in self.rows)
+
+
+def content_digest(rows: Iterable[tuple[str, str]]) -> str:
+    """SHA-256 over the schema version and the sorted `(digest, split)` of rows."""
+    digest = hashlib.sha256(f"omnimri schema {SCHEMA_VERSION}\n".encode())
+    for row_digest, split in sorted(rows):
+        digest.update(f"{row_digest} {split}\n".encode())
+    return digest.hexdigest()
+
+
+def load_row(ref: RowRef, columns: Sequence[str] | None = None) -> dict[str, Any]:
+    """Read one row from disk; nothing is kept open, so threads and processes may call it at will.
+
+    Args:
+        ref: Which row.
+        columns: Columns to read; all by default. Leave `kspace` out where it is not used: it is most of the bytes.
+
+    Returns:
+        Column to value: arrays as read-only numpy arrays, `label_names` as a dictionary, absent values as None.
+
+    Raises:
+        ValueError: If a column is unknown.
+    """
+    names = list(SCHEMA.names if columns is None else columns)
+    if unknown := sorted(set(names) - set(SCHEMA.names)):
+        raise ValueError(f"The row schema has no column {', '.join(unknown)}; known: {', '.join(SCHEMA.names)}.")
+    with pq.ParquetFile(ref.path) as file:
+        table = file.read_row_group(ref.row_group, columns=names, use_threads=False)
+    return {name: _value(name, table.column(name)[0]) for name in names}
+
+
+def row_to_scan(row: dict[str, Any]) -> Scan:
+    """The scan of a row that was loaded with at least `image` and `affine`."""
+    return Scan(
+        image=row["image"],
+        affine=np.array(row["affine"], dtype=np.float64).reshape(4, 4),
+        kspace=row.get("kspace"),
+        mask=row.get("mask"),
+        facts={name: row[name] for name in FACTS if name in row},
+    )
+
+
+def _value(name: str, scalar: pa.Scalar) -> Any:
+    if not scalar.is_valid:
+        return None
+    if name in ARRAYS:
+        return _array(scalar)
+    return dict(scalar.as_py()) if name == "label_names" else scalar.as_py()
+
+
+def _array(scalar: pa.StructScalar) -> np.ndarray:
+    """An ARRAY struct without copying its bytes."""
+    dtype = np.dtype(scalar["dtype"].as_py())
+    if dtype.hasobject:
+        raise ValueError(f"Array column holds dtype {dtype}, which would need pickle; expected a plain number type.")
+    return np.frombuffer(scalar["data"].as_buffer(), dtype=dtype).reshape(scalar["shape"].as_py())
+
+
+def _load_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST_NAME
+    if not path.is_file():
+        raise ValueError(f"{folder} is no ingested corpus: it holds no {MANIFEST_NAME}. Run `omnimri ingest` first.")
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    if manifest.get("schema_version") != SCHEMA_VERSION:
+        raise ValueError(
+            f"{folder} has row schema {manifest.get('schema_version')}, this program reads {SCHEMA_VERSION}. "
+            "Ingest the data again."
+        )
+    return manifest
+
+
+def _row_ref(entry: dict[str, Any], shards: Path) -> RowRef:
+    values: dict[str, Any] = {name: entry.get(name) for name in RowRef.__dataclass_fields__ if name != "path"}
+    values["shape"], values["spacing_mm"] = tuple(entry["shape"]), tuple(entry["spacing_mm"])
+    return RowRef(path=str(shards / entry["file"]), **values)
+
+
+def _matches(value: Any, wanted: Any) -> bool:
+    return value in wanted if isinstance(wanted, (list, tuple, set, frozenset)) else value == wanted

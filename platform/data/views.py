@@ -1,0 +1,275 @@
+"""The three views of a row (paper, section 2.2): image-only, paired vision-text, instruction-response.
+
+A source is a name, a kind, the columns it reads, the rows it accepts, and a pure function from a row and a generator
+to a sample. `models.collate` joins samples to batches.
+"""
+
+# Z Y X voxels of the native grid, C coils, S slices per sample, D H W the encoder's grid
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from omnimri.models.boxes import Box, BoxCoder, boxes_to_text
+from omnimri.models.physics import (
+    SenseOperator,
+    estimate_sens_maps,
+    ifft2c,
+    root_sum_of_squares,
+    undersampling_mask,
+)
+from omnimri.models.preprocess import Preprocess
+from omnimri.models.prompts import diagnosis_answer, instruction_for, tagged
+from omnimri.models.scan import Scan
+from omnimri.models.vocabulary import CONTRASTS, LESION, PLANES, TISSUES
+from omnimri.platform.data.shards import RowRef, row_to_scan
+
+Row = Mapping[str, Any]
+Sample = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewOptions:
+    """How samples are drawn from rows."""
+
+    preprocess: Preprocess
+    slices_per_sample: int = 2
+    """Slices that an image sample takes of one volume."""
+    accelerations: tuple[int, ...] = (4, 4, 6, 8, 8)
+    """Drawn from with equal chance; repeat one to weigh it."""
+    absent_share: float = 0.1
+    """Share of segmentation samples that ask for a lesion in a volume without one."""
+    text_tasks: Mapping[str, float] = field(
+        default_factory=lambda: {"detect": 0.25, "diagnose": 0.45, "report": 0.3}
+    )
+    """Chance of each text task where a row has labels for all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One kind of sample."""
+
+    kind: str
+    """`image`, `paired` or `instruction`: the columns of the paper's Table 2."""
+    columns: tuple[str, ...]
+    """Columns that `make` reads."""
+    accepts: Callable[[RowRef], bool]
+    make: Callable[[Row, np.random.Generator, ViewOptions], Sample]
+
+
+def center_fraction_for(acceleration: int) -> float:
+    """Share of fully sampled centre lines, as fastMRI pairs them: 8 % up to fourfold, 4 % beyond."""
+    return 0.08 if acceleration <= 4 else 0.04
+
+
+def image_sample(row: Row, rng: np.random.Generator, options: ViewOptions) -> Sample:
+    """The whole volume and its acquisition attributes."""
+    volume = options.preprocess.volume(row_to_scan(row))
+    return {"volume": volume.volume.numpy(), "attributes": _attributes(row)}
+
+
+def slice_sample(row: Row, rng: np.random.Generator, options: ViewOptions) -> Sample:
+    """Single slices as volumes of depth one, `volumes` `(S, 1, 1, H, W)`."""
+    slices = options.preprocess.slices(row_to_scan(row)).slices.numpy()
+    chosen = _draw(np.ptp(slices, axis=(1, 2)) > 0.5, 2 * options.slices_per_sample, rng)
+    attributes = np.repeat(_attributes(row)[None], len(chosen), axis=0)
+    return {"volumes": slices[chosen][:, None, None], "attributes": attributes}
+
+
+def paired_sample(row: Row, rng: np.random.Generator, options: ViewOptions) -> Sample:
+    """Volume with its description or its report, in either order."""
+    texts = [text for text in (description_text(row["description"]), row["report"]) if text]
+    text = texts[int(rng.integers(len(texts)))]
+    group = int(hashlib.sha256(f"{row['study_id']}".encode()).hexdigest()[:12], 16)
+    return _volume_fields(row, options) | {
+        "text": text,
+        "image_first": bool(rng.random() < 0.5),
+        "text_group": group,
+    }
+
+
+def text_sample(row: Row, rng: np.random.Generator, options: ViewOptions) -> Sample:
+    """Detection, diagnosis or report, by what the row is labelled with."""
+    weights = {task: w for task, w in options.text_tasks.items() if row[_TASK_LABELS[task]] is not None}
+    tasks = list(weights)
+    chances = np.array(list(weights.values()))
+    task = tasks[int(rng.choice(len(tasks), p=chances / chances.sum()))]
+    return _volume_fields(row, options) | {
+        "task": task,
+        "instruction": instruction_for(task, rng=rng),
+        "facts": _facts(row, rng),
+        "answer": text_answer(task, row, options.preprocess),
+    }
+
+
+def text_answer(task: str, row: Row, preprocess: Preprocess) -> str:
+    """The true answer of a text task, with its tags."""
+    if task == "detect":
+        boxes = [Box(label=b["label"], side=b["side"], box_voxel=tuple(b["box_voxel"])) for b in row["boxes"]]
+        return boxes_to_text(boxes, BoxCoder(row_to_scan(row), preprocess))
+    if task == "diagnose":
+        return tagged(diagnosis_answer(row["classes"][0]))
+    return tagged(row["report"])
+
+
+def reconstruction_sample(row: Row, rng: np.random.Generator, options: ViewOptions) -> Sample:
+    """Undersampled slices of one volume and their truth, each scaled so that its zero-filled maximum is one."""
+    acceleration = int(rng.choice(options.accelerations))
+    scan = undersample(
+        row_to_scan(row),
+        acceleration=acceleration,
+        kind=str(rng.choice(["equispaced", "random"])),
+        seed=int(rng.integers(2**31)),
+    )
+    full = torch.tensor(row["kspace"])
+    signal = root_sum_of_squares(full).amax(dim=(-2, -1)).numpy()
+    chosen = _draw(signal > 0.1 * signal.max(), options.slices_per_sample, rng)
+    arrays = reconstruction_arrays(scan, chosen)
+    maps = torch.from_numpy(arrays["sens_maps"])
+    target = SenseOperator(maps, torch.tensor(True)).adjoint(full[chosen])
+    arrays["target"] = (target / torch.from_numpy(arrays.pop("scale"))[:, None, None]).numpy()
+    return _volume_fields(row, options, scan) | arrays | {
+        "task": "reconstruct",
+        "instruction": instruction_for("reconstruct", rng=rng),
+        "facts": _facts(row, rng),
+    }  # fmt: skip
+
+
+def undersample(scan: Scan, *, acceleration: int, kind: str, seed: int) -> Scan:
+    """A fully sampled scan as if only some phase-encoding lines had been acquired; its image becomes zero-filled."""
+    mask = undersampling_mask(
+        scan.kspace.shape[-1],
+        acceleration=acceleration,
+        center_fraction=center_fraction_for(acceleration),
+        kind=kind,
+        seed=seed,
+    )
+    kspace = scan.kspace * mask
+    image = root_sum_of_squares(ifft2c(torch.from_numpy(kspace))).numpy()
+    return Scan(image=image, affine=scan.affine, kspace=kspace, mask=mask, facts=scan.facts)
+
+
+def reconstruction_arrays(scan: Scan, slices: np.ndarray) -> dict[str, np.ndarray]:
+    """Measured k-space, mask and coil maps of some slices, with the scale they were divided by."""
+    kspace = torch.from_numpy(scan.kspace[slices])
+    mask = torch.from_numpy(scan.mask)
+    maps = estimate_sens_maps(kspace, mask)
+    scale = SenseOperator(maps, mask).adjoint(kspace).abs().amax(dim=(-2, -1)).clamp_min(1e-12)
+    return {
+        "kspace": (kspace / scale[:, None, None, None]).numpy(),
+        "mask": np.repeat(scan.mask[None], len(slices), axis=0),
+        "sens_maps": maps.numpy(),
+        "scale": scale.numpy(),
+    }
+
+
+def segmentation_sample(row: Row, rng: np.random.Generator, options: ViewOptions) -> Sample:
+    """Slices of one volume with the mask of one structure, some without it."""
+    scan = row_to_scan(row)
+    names: dict[int, str] = row["label_names"]
+    has_lesion = any(name not in TISSUES and value in row["label_map"] for value, name in names.items())
+    choices = [*TISSUES, LESION] if has_lesion or rng.random() < 4 * options.absent_share else [*TISSUES]
+    structure = choices[int(rng.integers(len(choices)))]
+    source = options.preprocess.slices(scan)
+    target = options.preprocess.slice_labels(structure_mask(row["label_map"], names, structure), scan, source.axis)
+    anatomy = options.preprocess.slice_labels(row["label_map"] > 0, scan, source.axis).any(axis=(1, 2))
+    present = target.any(axis=(1, 2))
+    chosen = _draw(present if structure == LESION and rng.random() < 0.7 else anatomy, options.slices_per_sample, rng)
+    return _volume_fields(row, options) | {
+        "task": "segment",
+        "instruction": instruction_for("segment", structure=structure, rng=rng),
+        "facts": _facts(row, rng),
+        "slices": source.slices.numpy()[chosen],
+        "slice_target": target[chosen],
+    }
+
+
+def structure_mask(label_map: np.ndarray, names: Mapping[int, str], structure: str) -> np.ndarray:
+    """Bool mask of a structure by name; `lesion` is every label that is not a tissue."""
+    values = [v for v, name in names.items() if name == structure or (structure == LESION and name not in TISSUES)]
+    return np.isin(label_map, values)
+
+
+def description_text(description: str | None) -> str:
+    """The five-level description as one line: what is known, level by level."""
+    if not description:
+        return ""
+    levels = json.loads(description)
+    known = [str(value) for level in levels.values() for value in level.values() if value]
+    return "; ".join(known)
+
+
+def _volume_fields(row: Row, options: ViewOptions, scan: Scan | None = None) -> Sample:
+    volume = options.preprocess.volume(scan or row_to_scan(row))
+    return {
+        "volume": volume.volume.numpy(),
+        "spacing_mm": volume.spacing_mm.numpy(),
+        "contrast": np.int64(contrast_index(row["contrast"])),
+    }
+
+
+def contrast_index(contrast: str | None) -> int:
+    """Index of a contrast in the alignment layer's table; the last one is unknown."""
+    return CONTRASTS.index(contrast) if contrast in CONTRASTS else len(CONTRASTS)
+
+
+def _attributes(row: Row) -> np.ndarray:
+    """Contrast, plane and anatomy as integers, -1 where unknown."""
+    body = row["body_part"]
+    anatomy = int(hashlib.sha256(body.encode()).hexdigest()[:8], 16) if body else -1
+    return np.array([_index(CONTRASTS, row["contrast"]), _index(PLANES, row["plane"]), anatomy], dtype=np.int64)
+
+
+def _index(names: tuple[str, ...], value: str | None) -> int:
+    return names.index(value) if value in names else -1
+
+
+def _facts(row: Row, rng: np.random.Generator) -> dict[str, str]:
+    """Header facts that the prompt may carry, left out now and then, since a request may not know them."""
+    return {key: row[key] for key in ("plane", "contrast") if row[key] and rng.random() < 0.85}
+
+
+def _draw(allowed: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """`count` indices where `allowed`, drawn with repetition only if there are too few; any index if there is none."""
+    candidates = np.flatnonzero(allowed) if allowed.any() else np.arange(len(allowed))
+    return np.sort(rng.choice(candidates, count, replace=len(candidates) < count))
+
+
+_TASK_LABELS = {"detect": "boxes", "diagnose": "classes", "report": "report"}
+_FACTS = ("image", "affine", "contrast", "plane", "body_part", "field_strength_t", "vendor", "study_id")
+
+SOURCES: dict[str, Source] = {
+    "image": Source(kind="image", columns=_FACTS, accepts=lambda ref: True, make=image_sample),
+    "image.slices": Source(kind="image", columns=_FACTS, accepts=lambda ref: True, make=slice_sample),
+    "paired": Source(
+        kind="paired",
+        columns=(*_FACTS, "description", "report"),
+        accepts=lambda ref: ref.has_report,
+        make=paired_sample,
+    ),
+    "instruct.reconstruct": Source(
+        kind="instruction",
+        columns=(*_FACTS, "kspace", "mask"),
+        accepts=lambda ref: ref.has_kspace,
+        make=reconstruction_sample,
+    ),
+    "instruct.segment": Source(
+        kind="instruction",
+        columns=(*_FACTS, "label_map", "label_names"),
+        accepts=lambda ref: ref.has_labels,
+        make=segmentation_sample,
+    ),
+    "instruct.text": Source(
+        kind="instruction",
+        columns=(*_FACTS, "boxes", "classes", "report"),
+        accepts=lambda ref: ref.has_report or ref.has_boxes or ref.has_classes,
+        make=text_sample,
+    ),
+}

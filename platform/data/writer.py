@@ -1,0 +1,201 @@
+"""Turn planned work items into rows of one Parquet shard; runs inside the tasks of ingest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from omnimri.platform.data.annotations import Annotation, check_boxes, load_label_map, merge_facts
+from omnimri.platform.data.deid import whitelisted
+from omnimri.platform.data.readers import WorkItem, read_item
+from omnimri.platform.data.records import ReadError, ReadLimits, SeriesRecord
+from omnimri.platform.data.schema import SCHEMA, SCHEMA_VERSION, pack_array
+from omnimri.platform.data.sources import open_container
+
+INTAKE_VERSION = "intake-1"
+"""Raised when the same file would give other voxels, geometry or facts."""
+
+_PSEUDONYMS = ("row_id", "patient_id", "study_id", "series_id")
+_ARRAYS = ("image", "kspace", "mask", "label_map")
+_STATISTICS = [name for name in SCHEMA.names if pa.types.is_primitive(SCHEMA.field(name).type)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedItem:
+    """A work item with everything the driver decided about it. Holds pseudonyms, no raw identifiers."""
+
+    item: WorkItem
+    dataset: str
+    licence: str | None
+    simulated: bool
+    split: str
+    patient_id: str
+    study_id: str
+    series_id: str
+    annotation: Annotation | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardReport:
+    """What a task did: the manifest entries of the rows it wrote, and the ledger lines of what it could not read."""
+
+    rows: list[dict[str, Any]]
+    rejects: list[dict[str, str]]
+
+
+def write_shard(planned: list[PlannedItem], path: Path, limits: ReadLimits, *, compression_level: int) -> ShardReport:
+    """Read items and write their volumes to one shard, one row to a row group.
+
+    The shard appears under its name when it is complete, so a task that is run again after a crash changes nothing.
+
+    Args:
+        planned: What to read.
+        path: The Parquet file; not made when no item could be read.
+        limits: Bounds on sizes.
+        compression_level: Of zstd.
+    """
+    rows: list[dict[str, Any]] = []
+    rejects: list[ReadError] = []
+    partial = path.with_name(f".{path.name}.partial")
+    with pq.ParquetWriter(
+        partial,
+        SCHEMA,
+        compression="zstd",
+        compression_level=compression_level,
+        # Dictionaries and minima of megabyte values would double the file.
+        use_dictionary=False,
+        write_statistics=_STATISTICS,
+    ) as writer:
+        for plan in planned:
+            records, errors = read_item(plan.item, limits)
+            rejects += errors
+            for record in records:
+                row, errors = make_row(record, plan, limits)
+                rejects += errors
+                writer.write_table(pa.Table.from_pylist([row], schema=SCHEMA), row_group_size=1)
+                rows.append(manifest_entry(row, record, path.name, len(rows)))
+    if rows:
+        partial.replace(path)
+    else:
+        partial.unlink()
+    return ShardReport(rows=rows, rejects=[error.as_row() for error in rejects])
+
+
+def make_row(record: SeriesRecord, plan: PlannedItem, limits: ReadLimits) -> tuple[dict[str, Any], list[ReadError]]:
+    """The row of one volume, and what of its annotation did not fit."""
+    scan = record.scan
+    annotation = plan.annotation or Annotation()
+    label_map, boxes, errors = _fitted(annotation, record, plan.item, limits)
+    row = {
+        "schema_version": SCHEMA_VERSION,
+        "dataset": plan.dataset,
+        "licence": plan.licence,
+        "split": plan.split,
+        "patient_id": plan.patient_id,
+        "study_id": plan.study_id,
+        "series_id": plan.series_id,
+        "source_format": record.source_format,
+        "simulated": plan.simulated,
+        "image": pack_array(scan.image),
+        "affine": scan.affine.ravel().tolist(),
+        "spacing_mm": list(scan.spacing_mm),
+        "shape": list(scan.image.shape),
+        "kspace": pack_array(scan.kspace),
+        "mask": pack_array(scan.mask),
+        "label_map": pack_array(label_map),
+        "label_names": sorted(annotation.label_names.items()) if label_map is not None else None,
+        "boxes": boxes,
+        "classes": annotation.classes,
+        "report": annotation.report,
+        "description": _json(annotation.description),
+        "description_origin": _json(annotation.description_origin),
+        **whitelisted(merge_facts(scan.facts, annotation)),
+        "preprocessing_version": INTAKE_VERSION,
+    }
+    return {"row_id": row_digest(row)[:16], **row}, errors
+
+
+def _fitted(
+    annotation: Annotation, record: SeriesRecord, item: WorkItem, limits: ReadLimits
+) -> tuple[np.ndarray | None, list[dict[str, Any]] | None, list[ReadError]]:
+    """Label map and boxes of an annotation as far as they fit the volume."""
+    label_map, boxes, errors = None, annotation.boxes, []
+    source = record.source
+    if annotation.label_map:
+        container = open_container(Path(item.container), limits)
+        if container.holds(annotation.label_map):
+            try:
+                with container.local([annotation.label_map]) as paths:
+                    label_map = load_label_map(paths[annotation.label_map], record.scan, source)
+            except ReadError as error:
+                errors.append(error)
+        else:
+            errors.append(ReadError(source, "The label map that annotations.json names is not there.", "Add it."))
+    try:
+        check_boxes(boxes or [], record.scan.image.shape)
+    except ValueError as error:
+        boxes = None
+        errors.append(ReadError(source, str(error), "Correct annotations.json; the volume was kept."))
+    return label_map, boxes, errors
+
+
+def _json(value: dict[str, Any] | None) -> str | None:
+    return None if value is None else json.dumps(value, ensure_ascii=False, sort_keys=True)
+
+
+def row_digest(row: dict[str, Any]) -> str:
+    """SHA-256 of what a row says: every column but the pseudonyms, which change with the key, and the split."""
+    digest = hashlib.sha256()
+    for name in SCHEMA.names:
+        if name in (*_PSEUDONYMS, "split"):
+            continue
+        value = row[name]
+        if name in _ARRAYS and value is not None:
+            _update_array(digest, name, value)
+        else:
+            digest.update(f"{name}={json.dumps(value, sort_keys=True)}\n".encode())
+    return digest.hexdigest()
+
+
+def voxel_digest(row: dict[str, Any]) -> str:
+    """SHA-256 of voxels and geometry alone: equal for two copies of one volume, whatever their headers say."""
+    digest = hashlib.sha256(json.dumps(row["affine"]).encode())
+    for name in ("image", "kspace"):
+        if row[name] is not None:
+            _update_array(digest, name, row[name])
+    return digest.hexdigest()
+
+
+def _update_array(digest: Any, name: str, packed: dict[str, Any]) -> None:
+    digest.update(f"{name}={packed['dtype']}{packed['shape']}\n".encode())
+    digest.update(packed["data"])
+
+
+def manifest_entry(row: dict[str, Any], record: SeriesRecord, file: str, row_group: int) -> dict[str, Any]:
+    """What the manifest says of a row; `source` and `voxels` serve the driver and are not kept."""
+    copied = (
+        "row_id", "dataset", "licence", "simulated", "split", "patient_id", "study_id", "series_id", "source_format",
+        "shape", "spacing_mm", "contrast", "plane", "body_part", "vendor", "field_strength_t", "sex", "age_years",
+    )  # fmt: skip
+    return {
+        **{name: row[name] for name in copied},
+        "file": file,
+        "row_group": row_group,
+        "digest": row_digest(row),
+        "has_kspace": row["kspace"] is not None,
+        "fully_sampled": row["kspace"] is not None and row["mask"] is None,
+        "has_labels": row["label_map"] is not None,
+        "has_boxes": row["boxes"] is not None,
+        "has_classes": row["classes"] is not None,
+        "has_report": row["report"] is not None,
+        "has_description": row["description"] is not None,
+        "source": record.source,
+        "voxels": voxel_digest(row),
+    }

@@ -1,0 +1,126 @@
+"""What a model must beat: classical reconstructions, the commonest class, and the model without an image."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from itertools import product
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from omnimri.models import metrics, physics
+from omnimri.models.scan import Scan
+from omnimri.models.vocabulary import DIAGNOSES
+
+
+@dataclass(frozen=True)
+class SenseSetting:
+    """The two knobs of CG-SENSE."""
+
+    weight: float = 0.005
+    """Tikhonov weight."""
+    num_steps: int = 20
+    """Conjugate-gradient iterations."""
+
+
+@dataclass(frozen=True)
+class Acquisition:
+    """An undersampled acquisition made from a fully sampled one, with all that a reconstruction may use."""
+
+    kspace: Tensor
+    """Complex `(Z, C, Y, X)`, zero where not acquired."""
+    mask: np.ndarray
+    """Bool `(X,)`."""
+    operator: physics.SenseOperator
+    """Its sensitivity maps come from the centre lines of this acquisition alone."""
+    scan: Scan
+    """The same as a scan, as it enters the model."""
+
+
+def case_mask(
+    scan: Scan, row_id: str, *, acceleration: int, center_fraction: float, kind: str, seed: int
+) -> np.ndarray:
+    """Phase-encoding lines `(X,)` for one volume; fixed by the row and the seed, as fastMRI fixes it by the file."""
+    case_seed = zlib.crc32(f"{seed}/{row_id}/{acceleration}".encode())
+    return physics.undersampling_mask(
+        scan.kspace.shape[-1], acceleration=acceleration, center_fraction=center_fraction, kind=kind, seed=case_seed
+    )
+
+
+def acquire(scan: Scan, mask: np.ndarray) -> Acquisition:
+    """Keep only the lines of `mask`; the image of the new scan is its zero-filled root sum of squares."""
+    lines = torch.from_numpy(mask)
+    kspace = torch.tensor(scan.kspace) * lines
+    operator = physics.SenseOperator(physics.estimate_sens_maps(kspace, lines), lines)
+    image = physics.root_sum_of_squares(physics.ifft2c(kspace)).numpy()
+    undersampled = replace(scan, image=image, kspace=kspace.numpy(), mask=mask)
+    return Acquisition(kspace, mask, operator, undersampled)
+
+
+def reference_magnitude(scan: Scan) -> np.ndarray:
+    """Target of every reconstruction: root sum of squares `(Z, Y, X)` of the fully sampled coil images."""
+    kspace = torch.tensor(scan.kspace)
+    return physics.root_sum_of_squares(physics.ifft2c(kspace)).numpy()
+
+
+def zero_filled(acquisition: Acquisition) -> Tensor:
+    """Adjoint reconstruction, complex `(Z, Y, X)`: missing lines stay zero, coils combined by their maps."""
+    return acquisition.operator.adjoint(acquisition.kspace)
+
+
+def cg_sense(acquisition: Acquisition, setting: SenseSetting) -> Tensor:
+    """Iterative SENSE, complex `(Z, Y, X)`."""
+    return physics.cg_sense(
+        acquisition.kspace, acquisition.operator, weight=setting.weight, num_steps=setting.num_steps
+    )
+
+
+def central_slices(scan: Scan, max_slices: int | None) -> Scan:
+    """The middle `max_slices` of a scan with its geometry kept; all of it for None."""
+    num_slices = scan.image.shape[0]
+    if max_slices is None or num_slices <= max_slices:
+        return scan
+    start = (num_slices - max_slices) // 2
+    affine = scan.affine.copy()
+    affine[:3, 3] += start * affine[:3, 2]
+    inside = slice(start, start + max_slices)
+    return replace(
+        scan,
+        image=scan.image[inside],
+        affine=affine,
+        kspace=None if scan.kspace is None else scan.kspace[inside],
+    )
+
+
+def grid_psnr(
+    scan: Scan, mask: np.ndarray, weights: Iterable[float], num_steps: Iterable[int]
+) -> dict[SenseSetting, float]:
+    """PSNR of CG-SENSE on one volume for every setting of a grid."""
+    target, acquisition = reference_magnitude(scan), acquire(scan, mask)
+    return {
+        setting: metrics.psnr(target, cg_sense(acquisition, setting).abs().numpy())
+        for setting in (SenseSetting(weight, steps) for weight, steps in product(weights, num_steps))
+    }
+
+
+def best_setting(scores: list[dict[SenseSetting, float]]) -> SenseSetting:
+    """The setting with the highest mean PSNR over volumes; the defaults where there is no volume."""
+    if not scores:
+        return SenseSetting()
+    return max(scores[0], key=lambda setting: np.mean([score[setting] for score in scores]))
+
+
+def blank_scan(scan: Scan) -> Scan:
+    """The scan with its image replaced by its mean: same geometry and header facts, nothing to see."""
+    return replace(scan, image=np.full_like(scan.image, scan.image.mean()), kspace=None, mask=None)
+
+
+def class_frequencies(classes_by_patient: dict[str, list[str]]) -> np.ndarray:
+    """Share of training patients per diagnosis, `(K,)` in the order of DIAGNOSES; uniform where there are none."""
+    counts = np.array(
+        [sum(name in classes for classes in classes_by_patient.values()) for name in DIAGNOSES], dtype=float
+    )
+    return counts / counts.sum() if counts.any() else np.full(len(DIAGNOSES), 1 / len(DIAGNOSES))

@@ -1,0 +1,124 @@
+"""What scoring one volume on one task takes and gives, shared by the image and the text tasks.
+
+The scoring functions take one loaded row and return plain numbers and one slice of pictures; they know nothing of Ray
+or of the other volumes. A value that a case does not have is NaN.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from omnimri.models.scan import Scan
+from omnimri.platform.data.schema import FACTS
+from omnimri.platform.evaluation.baselines import SenseSetting
+from omnimri.platform.evaluation.config import EvaluateConfig
+from omnimri.platform.evaluation.figures import orient_slice
+
+MODEL = "omnimri"
+BLANK = "blank_image"
+SUBGROUP_FACTS = ("vendor", "field_strength_t", "sex", "age_years", "contrast")
+
+ANNOTATION = {
+    "reconstruct": ("kspace", "mask", "label_map", "label_names"),
+    "segment": ("label_map", "label_names", "boxes"),
+    "detect": ("boxes",),
+    "diagnose": ("classes", "boxes"),
+    "report": ("report", "boxes"),
+}
+"""Columns that each task reads besides the scan."""
+
+
+def columns_of(task: str) -> tuple[str, ...]:
+    """Columns of a row that a task needs, so that nothing else is read."""
+    return ("row_id", "patient_id", "image", "affine", "spacing_mm", "shape", *FACTS, *ANNOTATION[task])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """The numbers of one method on one volume under one condition."""
+
+    task: str
+    condition: str
+    method: str
+    row_id: str
+    patient_id: str
+    facts: dict[str, str | float | None]
+    values: dict[str, Any]
+    """Number, or list of numbers, per column; NaN where this case has none."""
+    texts: dict[str, Any] = field(default_factory=dict)
+    """Reference and answer of text tasks, for the page."""
+
+    def as_json(self) -> dict[str, Any]:
+        """The record with NaN as null."""
+        return asdict(self) | {"values": {name: _finite(value) for name, value in self.values.items()}}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Record:
+        """Inverse of `as_json`."""
+        values = {name: math.nan if value is None else value for name, value in data["values"].items()}
+        return cls(**{**data, "values": values})
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """What one unit of work returns."""
+
+    records: list[Record] = field(default_factory=list)
+    picture: dict[str, np.ndarray] = field(default_factory=dict)
+    """One slice in radiological orientation, and what is drawn over it."""
+    skipped: str | None = None
+    """Why the volume could not be scored; None if it was."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaseContext:
+    """What every case needs besides its row."""
+
+    engine: Any
+    """`omnimri.models.engine.Engine`, or anything with its methods."""
+    config: EvaluateConfig
+    sense_settings: Mapping[int, SenseSetting]
+    """Tuned CG-SENSE by acceleration."""
+    frequencies: np.ndarray
+    """`(K,)` share of training patients per diagnosis."""
+
+
+def recorder(row: Mapping[str, Any], task: str) -> Callable[..., Record]:
+    """A function that makes records of this row and task."""
+    facts = {name: row.get(name) for name in SUBGROUP_FACTS}
+
+    def record(condition: str, method: str, values: dict[str, Any], **texts: Any) -> Record:
+        return Record(
+            task=task, condition=condition, method=method, row_id=row["row_id"], patient_id=row["patient_id"],
+            facts=facts, values=values, texts=texts,
+        )  # fmt: skip
+
+    return record
+
+
+def timed(work: Callable[[], Any]) -> tuple[Any, float]:
+    """A result and the seconds it took."""
+    started = time.perf_counter()
+    return work(), time.perf_counter() - started
+
+
+def base_picture(volume: np.ndarray, scan: Scan, shown: int, name: str) -> dict[str, np.ndarray]:
+    """One slice as a viewer sees it, with its window, letters and pixel spacing."""
+    view = orient_slice(volume[shown], scan.affine)
+    return {
+        name: view.pixels.astype(np.float32),
+        "window": np.array([0.0, np.percentile(volume, 99.7)]),
+        "letters": np.array(view.letters),
+        "spacing_mm": np.array(view.spacing_mm),
+        "slice": np.array([shown, len(volume)]),
+    }

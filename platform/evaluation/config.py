@@ -1,0 +1,80 @@
+"""What one evaluation does; every number of it stands in the summary's header."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from omnimri.models.vocabulary import IMAGE_TASKS, TASKS
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Settings of `evaluate`; the defaults are fastMRI's for reconstruction."""
+
+    split: str = "test"
+    """Split that is scored."""
+    tasks: tuple[str, ...] = TASKS
+    max_volumes: int | None = None
+    """Volumes per task at most, spread over the patients; None takes all."""
+    max_image_volumes: int | None = None
+    """Further limit for reconstruction and segmentation, which cost most."""
+    max_slices: int | None = None
+    """Central slices of a volume that reconstruction is scored on; None takes all."""
+    accelerations: tuple[int, ...] = (4, 8)
+    center_fractions: tuple[float, ...] = (0.08, 0.04)
+    """Share of fully sampled centre lines, one for each acceleration."""
+    mask_kind: str = "equispaced"
+    """Undersampling: equispaced (fastMRI brain) or random (fastMRI knee)."""
+    reconstruct_steps: int = 4
+    """Network evaluations of the image decoder for one reconstruction."""
+    segment_steps: int = 2
+    max_new_tokens: int = 192
+    """Longest text answer."""
+    iou_threshold: float = 0.1
+    """Overlap from which a predicted box has found a lesion."""
+    blank_tasks: tuple[str, ...] = ("segment", "detect", "diagnose", "report")
+    """Tasks that are also run on a constant image, as the floor of what text and priors alone can do."""
+    tuning_split: str = "val"
+    """Split that the CG-SENSE baseline is tuned on; never the scored one."""
+    tuning_volumes: int = 4
+    tuning_slices: int = 6
+    """Central slices of each tuning volume."""
+    cg_weights: tuple[float, ...] = (0.001, 0.005, 0.02, 0.08)
+    """Tikhonov weights tried for CG-SENSE."""
+    cg_steps: tuple[int, ...] = (5, 10, 20)
+    """Numbers of conjugate-gradient iterations tried."""
+    bootstrap_samples: int = 1000
+    """Draws of patients for every interval; 0 gives no intervals."""
+    cases_per_task: int = 3
+    """Cases shown on the page for each task and condition: worst, median, best and evenly between."""
+    num_workers: int = 2
+    """Processes that hold a model each."""
+    threads_per_worker: int = 1
+    """CPU cores of each of them."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        unknown = sorted({*self.tasks, *self.blank_tasks} - set(TASKS))
+        if unknown:
+            raise ValueError(f"EvaluateConfig: tasks {', '.join(unknown)} are unknown; known: {', '.join(TASKS)}.")
+        if len(self.accelerations) != len(self.center_fractions):
+            raise ValueError(
+                f"EvaluateConfig: {len(self.accelerations)} accelerations need as many center_fractions, found "
+                f"{len(self.center_fractions)}. Set both, for example accelerations=4 and center_fractions=0.08."
+            )
+        if self.split == self.tuning_split:
+            raise ValueError(
+                f"EvaluateConfig: CG-SENSE may not be tuned on the scored split ({self.split}). Set tuning_split."
+            )
+        if self.num_workers < 1 or self.threads_per_worker < 1:
+            raise ValueError("EvaluateConfig: num_workers and threads_per_worker must be at least 1.")
+
+    def volume_limit(self, task: str) -> int | None:
+        """Volumes that may be scored on a task."""
+        limits = (self.max_volumes, self.max_image_volumes if task in IMAGE_TASKS else None)
+        return min((limit for limit in limits if limit is not None), default=None)
+
+    @property
+    def conditions(self) -> tuple[tuple[int, float], ...]:
+        """`(acceleration, center_fraction)` pairs."""
+        return tuple(zip(self.accelerations, self.center_fractions, strict=True))

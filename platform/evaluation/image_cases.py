@@ -1,0 +1,167 @@
+"""Scoring one volume on the image tasks: reconstruction beside its baselines, and segmentation."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from omnimri.models import metrics, physics
+from omnimri.models.prompts import instruction_for
+from omnimri.models.scan import Scan
+from omnimri.models.vocabulary import FINDINGS, LESION, TISSUES
+from omnimri.platform.data.shards import row_to_scan
+from omnimri.platform.evaluation import baselines
+from omnimri.platform.evaluation.baselines import Acquisition
+from omnimri.platform.evaluation.cases import BLANK, MODEL, CaseContext, CaseResult, base_picture, recorder, timed
+from omnimri.platform.evaluation.figures import orient_slice
+
+
+def reconstruct_case(context: CaseContext, row: Mapping[str, Any]) -> CaseResult:
+    """Every method at every acceleration against the fully sampled root sum of squares."""
+    if row["mask"] is not None and not row["mask"].all():
+        return CaseResult(skipped="acquired undersampled, so there is no fully sampled reference")
+    config, record = context.config, recorder(row, "reconstruct")
+    whole = row_to_scan(row)
+    scan = baselines.central_slices(whole, config.max_slices)
+    target = baselines.reference_magnitude(scan)
+    first = (len(whole.image) - len(target)) // 2
+    shown = _lesion_slice(row, first, len(target))
+    records, picture = [], base_picture(target, scan, shown, "target")
+    picture["slice"] = np.array([first + shown, len(whole.image)])
+    for acceleration, center_fraction in config.conditions:
+        mask = baselines.case_mask(
+            scan, row["row_id"], acceleration=acceleration, center_fraction=center_fraction,
+            kind=config.mask_kind, seed=config.seed,
+        )  # fmt: skip
+        acquisition = baselines.acquire(scan, mask)
+        for method, reconstruct in _reconstructions(context, acceleration).items():
+            started = time.perf_counter()
+            magnitude, residual = reconstruct(acquisition)
+            seconds = (time.perf_counter() - started) / len(target)
+            values = _reconstruction_values(target, magnitude) | {"residual": residual, "seconds_per_slice": seconds}
+            records.append(record(f"{acceleration}x", method, values))
+            picture[f"{acceleration}x_{method}"] = orient_slice(magnitude[shown], scan.affine).pixels
+    return CaseResult(records, picture)
+
+
+Reconstruct = Callable[[Acquisition], tuple[np.ndarray, float]]
+
+
+def _reconstructions(context: CaseContext, acceleration: int) -> dict[str, Reconstruct]:
+    """Every method, as a function from an acquisition to magnitude and data residual."""
+    setting = context.sense_settings[acceleration]
+    return {
+        "zero_filled": lambda acquisition: _with_residual(baselines.zero_filled(acquisition), acquisition),
+        # The magnitude without coil maps is not an image the forward model can be applied to.
+        "zero_filled_rss": lambda acquisition: (acquisition.scan.image, float("nan")),
+        "cg_sense": lambda acquisition: _with_residual(baselines.cg_sense(acquisition, setting), acquisition),
+        MODEL: lambda acquisition: _model_reconstruction(context, acquisition),
+    }
+
+
+def _model_reconstruction(context: CaseContext, acquisition: Acquisition) -> tuple[np.ndarray, float]:
+    prompt = context.engine.encode(acquisition.scan, instruction_for("reconstruct"), "reconstruct")
+    result = context.engine.reconstruct(
+        acquisition.scan, prompt, num_steps=context.config.reconstruct_steps, seed=context.config.seed
+    )
+    return _with_residual(torch.from_numpy(np.asarray(result.image)), acquisition)
+
+
+def _with_residual(image: torch.Tensor, acquisition: Acquisition) -> tuple[np.ndarray, float]:
+    """Magnitude, and how far the complex image is from the measured lines, for all methods by one forward model."""
+    per_slice = physics.relative_residual(image, acquisition.kspace, acquisition.operator)
+    energy = acquisition.kspace.abs().square().sum(dim=(1, 2, 3))
+    residual = ((per_slice.square() * energy).sum() / energy.sum().clamp_min(1e-12)).sqrt()
+    return image.abs().numpy(), float(residual)
+
+
+def _reconstruction_values(target: np.ndarray, magnitude: np.ndarray) -> dict[str, float]:
+    return {
+        "psnr": metrics.psnr(target, magnitude),
+        "ssim": metrics.ssim(target, magnitude),
+        "nmse": metrics.nmse(target, magnitude),
+    }
+
+
+def _lesion_slice(row: Mapping[str, Any], first: int, num_slices: int) -> int:
+    """Slice of the scored ones to show: the largest section of a lesion where it is labelled, else the middle one."""
+    if row["label_map"] is None:
+        return num_slices // 2
+    lesion = lesion_mask(row["label_map"], row["label_names"])[first : first + num_slices]
+    return largest_section(lesion, num_slices // 2)
+
+
+def lesion_mask(label_map: np.ndarray, label_names: Mapping[int, str]) -> np.ndarray:
+    """Union of all findings of a label map, bool of the same shape."""
+    values = [value for value, name in label_names.items() if name in FINDINGS or name == LESION]
+    return np.isin(label_map, values)
+
+
+def reference_masks(row: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Mask per structure that the row is annotated for.
+
+    A tissue is annotated where the label names list it. Lesions are annotated where the names list a finding, or the
+    row carries a list of boxes (an empty one says: looked for, none there).
+    """
+    names = row["label_names"]
+    masks = {name: row["label_map"] == value for value, name in names.items() if name in TISSUES}
+    if row.get("boxes") is not None or any(name in FINDINGS or name == LESION for name in names.values()):
+        masks[LESION] = lesion_mask(row["label_map"], names)
+    return masks
+
+
+def largest_section(mask: np.ndarray, default: int) -> int:
+    """Index of the slice with the most voxels of a mask `(Z, Y, X)`; `default` for an empty mask."""
+    areas = mask.sum(axis=(1, 2))
+    return int(areas.argmax()) if areas.any() else default
+
+
+def segment_case(context: CaseContext, row: Mapping[str, Any]) -> CaseResult:
+    """Masks of every structure that the row is annotated for, each asked for by its own instruction."""
+    masks = reference_masks(row)
+    if not masks:
+        return CaseResult(skipped="its label map names no structure of the vocabulary")
+    record, scan = recorder(row, "segment"), row_to_scan(row)
+    predicted, seconds = timed(lambda: _model_masks(context, scan, list(masks)))
+    values = segmentation_values(masks, predicted) | {"seconds": seconds}
+    records = [record("volume", MODEL, values)]
+    if "segment" in context.config.blank_tasks:
+        blank = _model_masks(context, baselines.blank_scan(scan), list(masks))
+        records.append(record("volume", BLANK, segmentation_values(masks, blank)))
+    tissue = np.any([mask for name, mask in masks.items() if name != LESION] or [scan.image > 0], axis=0)
+    shown = largest_section(masks.get(LESION, np.zeros_like(tissue)), largest_section(tissue, len(tissue) // 2))
+    picture = base_picture(scan.image, scan, shown, "image")
+    for name, mask in masks.items():
+        picture[f"reference_{name}"] = orient_slice(mask[shown], scan.affine).pixels
+        picture[f"predicted_{name}"] = orient_slice(predicted[name][shown], scan.affine).pixels
+    return CaseResult(records, picture)
+
+
+def _model_masks(context: CaseContext, scan: Scan, structures: list[str]) -> dict[str, np.ndarray]:
+    prompts = {
+        name: context.engine.encode(scan, instruction_for("segment", structure=name), "segment") for name in structures
+    }
+    answer = context.engine.segment(scan, prompts, num_steps=context.config.segment_steps, seed=context.config.seed)
+    return {name: np.asarray(answer.masks[name], dtype=bool) for name in structures}
+
+
+def segmentation_values(reference: Mapping[str, np.ndarray], predicted: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Dice per structure and its mean over tissues; lesions by presence, because most volumes have none.
+
+    `dice_lesion` is scored where the reference holds a lesion; `lesion_false_alarm` is 1 or 0 where it holds none.
+    """
+    scores = {name: metrics.dice(mask, predicted[name]) for name, mask in reference.items()}
+    tissues = [scores[name] for name in TISSUES if name in scores and not math.isnan(scores[name])]
+    values = {f"dice_{name.replace(' ', '_')}": scores.get(name, math.nan) for name in TISSUES}
+    present = LESION in reference and bool(reference[LESION].any())
+    healthy = LESION in reference and not present
+    return values | {
+        "dice_tissues": float(np.mean(tissues)) if tissues else math.nan,
+        "dice_lesion": scores[LESION] if present else math.nan,
+        "lesion_false_alarm": float(predicted[LESION].any()) if healthy else math.nan,
+    }

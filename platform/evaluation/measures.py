@@ -1,0 +1,195 @@
+"""The numbers of a summary: what each is called, how it is computed from records, and which of them decide."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from omnimri.models import metrics
+from omnimri.models.vocabulary import TISSUES
+from omnimri.platform.evaluation.cases import BLANK, MODEL
+
+Table = Mapping[str, np.ndarray]
+"""Columns of one method's records, row by row."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number of the summary: how it is called, read and computed."""
+
+    label: str
+    compute: Callable[[Table], float]
+    columns: tuple[str, ...]
+    """Columns it reads; a record counts where all of them have a value."""
+    definition: str
+    unit: str = ""
+    digits: int = 3
+    higher_is_better: bool | None = True
+    """None: neither."""
+
+
+def _mean(column: str) -> Callable[[Table], float]:
+    return lambda table: float(table[column].mean())
+
+
+def _ratio(numerator: str, denominator: str, *, complement: bool = False) -> Callable[[Table], float]:
+    def compute(table: Table) -> float:
+        total = table[denominator].sum()
+        if total == 0:
+            return math.nan
+        share = float(table[numerator].sum() / total)
+        return 1 - share if complement else share
+
+    return compute
+
+
+def _f1(matched: str, predicted: str, reference: str) -> Callable[[Table], float]:
+    def compute(table: Table) -> float:
+        total = table[predicted].sum() + table[reference].sum()
+        return float(2 * table[matched].sum() / total) if total else math.nan
+
+    return compute
+
+
+def _classes(score: Callable[[np.ndarray, np.ndarray], float]) -> Callable[[Table], float]:
+    return lambda table: score(table["truth"], table["probabilities"].argmax(axis=1))
+
+
+def _dice(structure: str) -> Metric:
+    column = f"dice_{structure.replace(' ', '_')}"
+    return Metric(
+        f"Dice, {structure}", _mean(column), (column,),
+        "Overlap 2|A and B| / (|A| + |B|); a volume where both masks are empty is not scored, one empty scores 0.",
+    )  # fmt: skip
+
+
+_SECONDS = Metric(
+    "Seconds", _mean("seconds"), ("seconds",), "Wall time per volume on the machine named below.", "s", 2, False
+)
+
+METRICS: dict[str, dict[str, Metric]] = {
+    "reconstruct": {
+        "psnr": Metric("PSNR", _mean("psnr"), ("psnr",), "Over the volume; peak: the target's maximum.", "dB", 2),
+        "ssim": Metric("SSIM", _mean("ssim"), ("ssim",), "7x7 uniform window, per slice, data range of the volume."),
+        "nmse": Metric("NMSE", _mean("nmse"), ("nmse",), "Squared error over squared target.", "", 4, False),
+        "residual": Metric(
+            "Data residual", _mean("residual"), ("residual",),
+            "|A x - y| / |y| on the measured lines, coil maps from the centre lines; lower is closer to the data.",
+            "", 3, None,
+        ),
+        "seconds_per_slice": Metric(
+            "Seconds per slice", _mean("seconds_per_slice"), ("seconds_per_slice",),
+            "Wall time on the machine named below; for OmniMRI with its prompt and coil maps, for the others without.",
+            "s", 3, False,
+        ),
+    },
+    "segment": {
+        "dice_tissues": Metric(
+            "Dice, mean over tissues", _mean("dice_tissues"), ("dice_tissues",),
+            "Mean over the tissues of a volume, then over volumes.",
+        ),
+        **{f"dice_{name.replace(' ', '_')}": _dice(name) for name in TISSUES},
+        "dice_lesion": Metric(
+            "Dice, lesion where present", _mean("dice_lesion"), ("dice_lesion",), "Volumes with a labelled lesion only."
+        ),
+        "lesion_false_alarm": Metric(
+            "Lesion drawn where none is", _mean("lesion_false_alarm"), ("lesion_false_alarm",),
+            "Share of lesion-free volumes with at least one voxel called lesion.", "", 3, False,
+        ),
+        "seconds": _SECONDS,
+    },
+    "detect": {
+        "sensitivity": Metric(
+            "Sensitivity", _ratio("matched", "num_reference"), ("matched", "num_reference"),
+            "Reference boxes found, all volumes pooled; greedy matching, label not considered.",
+        ),
+        "precision": Metric(
+            "Precision", _ratio("matched", "num_predicted"), ("matched", "num_predicted"),
+            "Predicted boxes that found a reference box.",
+        ),
+        "sensitivity_label": Metric(
+            "Sensitivity, right label", _ratio("matched_label", "num_reference"), ("matched_label", "num_reference"),
+            "Reference boxes found by a box of the same label.",
+        ),
+        "false_positives": Metric(
+            "False boxes per volume", _mean("false_positives"), ("false_positives",), "", "", 2, False
+        ),
+        "best_iou": Metric(
+            "Best IoU", _mean("best_iou"), ("best_iou",),
+            "Largest overlap per reference box, mean over boxes, then volumes."
+        ),
+        "side_accuracy": Metric(
+            "Side accuracy", _mean("side_correct"), ("side_correct",),
+            "Volumes with a lesion whose largest predicted box names the side of the largest reference box.",
+        ),
+        "parse_rate": Metric("Readable answers", _mean("parsed"), ("parsed",), "Answers that follow the box format."),
+        "seconds": _SECONDS,
+    },
+    "diagnose": {
+        "accuracy": Metric("Accuracy", _classes(metrics.accuracy), ("truth",), "Most probable answer is right."),
+        "balanced_accuracy": Metric(
+            "Balanced accuracy", _classes(metrics.balanced_accuracy), ("truth",),
+            "Mean recall over the diagnoses that occur.",
+        ),
+        "macro_auroc": Metric(
+            "Macro AUROC", lambda table: metrics.macro_auroc(table["truth"], table["probabilities"]), ("truth",),
+            "One against the rest, mean over the diagnoses that occur, from the probabilities of the answers.",
+        ),
+        "seconds": _SECONDS,
+    },
+    "report": {
+        "label_f1": Metric(
+            "Label F1", _f1("matched", "predicted", "reference"), ("matched",),
+            "Finding and side, read from both texts by one negation-aware labeller, all reports pooled.",
+        ),
+        "label_precision": Metric("Label precision", _ratio("matched", "predicted"), ("matched",), "As above."),
+        "label_recall": Metric("Label recall", _ratio("matched", "reference"), ("matched",), "As above."),
+        "finding_f1": Metric(
+            "Finding F1", _f1("supported_findings", "predicted_findings", "reference_findings"), ("matched",),
+            "Kind of finding, whatever its side.",
+        ),
+        "hallucination_rate": Metric(
+            "Hallucination rate", _ratio("supported_findings", "predicted_findings", complement=True), ("matched",),
+            "Findings asserted without support in the reference, of all findings asserted.", "", 3, False,
+        ),
+        "omission_rate": Metric(
+            "Omission rate", _ratio("supported_findings", "reference_findings", complement=True), ("matched",),
+            "Findings of the reference that the report does not assert.", "", 3, False,
+        ),
+        "same_labels": Metric(
+            "Reports with the same labels", _mean("agrees"), ("agrees",), "Including those rightly without findings."
+        ),
+        "bleu4": Metric("BLEU-4", _mean("bleu4"), ("bleu4",), "sacrebleu, sentence level."),
+        "rouge_l": Metric("ROUGE-L", _mean("rouge_l"), ("rouge_l",), "rouge-score, F-measure."),
+        "seconds": _SECONDS,
+    },
+}  # fmt: skip
+
+HEADLINE = {
+    "reconstruct": ("psnr", "ssim"),
+    "segment": ("dice_tissues", "dice_lesion"),
+    "detect": ("sensitivity", "precision"),
+    "diagnose": ("balanced_accuracy", "macro_auroc"),
+    "report": ("label_f1", "hallucination_rate"),
+}
+"""Metrics of the first table; the first of each decides the verdict and the subgroups."""
+
+SUBGROUP_METRIC = {name: chosen[0] for name, chosen in HEADLINE.items()} | {"diagnose": "accuracy"}
+"""Balanced accuracy means little in a group that holds one diagnosis."""
+
+METHOD_LABELS = {
+    MODEL: "OmniMRI",
+    BLANK: "OmniMRI on a blank image",
+    "zero_filled": "Zero-filled, coil maps",
+    "zero_filled_rss": "Zero-filled, root sum of squares",
+    "cg_sense": "CG-SENSE, tuned",
+    "majority_class": "Commonest diagnosis in training",
+}
+
+NOT_APPLICABLE = {
+    ("zero_filled_rss", "residual"): "a root sum of squares has no phase, so no k-space follows from it",
+}
+"""Why a method has no value of a metric."""

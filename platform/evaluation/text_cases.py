@@ -1,0 +1,177 @@
+"""Scoring one volume on the text tasks: detection, diagnosis and report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from omnimri.models import metrics
+from omnimri.models.boxes import Box
+from omnimri.models.prompts import diagnosis_choices, instruction_for, untagged
+from omnimri.models.scan import Scan
+from omnimri.models.vocabulary import DIAGNOSES
+from omnimri.platform.data.shards import row_to_scan
+from omnimri.platform.evaluation import baselines
+from omnimri.platform.evaluation.cases import BLANK, MODEL, CaseContext, CaseResult, base_picture, recorder, timed
+from omnimri.platform.evaluation.figures import orient_slice
+from omnimri.platform.evaluation.text import LEXICAL, ReportCounts, compare_reports, label_text, missing_package
+
+
+def detect_case(context: CaseContext, row: Mapping[str, Any]) -> CaseResult:
+    """Boxes in the answer against the row's boxes."""
+    record, scan, condition = recorder(row, "detect"), row_to_scan(row), f"iou_{context.config.iou_threshold:g}"
+    reference = [
+        Box(label=box["label"], side=box["side"], box_voxel=tuple(int(v) for v in box["box_voxel"]))
+        for box in row["boxes"]
+    ]
+    texts = {"reference": [asdict(box) for box in reference]}
+    (answer, boxes), seconds = timed(lambda: _model_boxes(context, scan, scan))
+    values = detection_values(reference, boxes, context.config.iou_threshold) | {"seconds": seconds}
+    predicted = [asdict(box) for box in boxes or []]
+    records = [record(condition, MODEL, values, answer=answer, predicted=predicted, **texts)]
+    if "detect" in context.config.blank_tasks:
+        blank_answer, blank = _model_boxes(context, baselines.blank_scan(scan), scan)
+        blank_values = detection_values(reference, blank, context.config.iou_threshold)
+        records.append(record(condition, BLANK, blank_values, answer=blank_answer, **texts))
+    shown = _box_slice(reference or boxes or [], len(scan.image))
+    picture = base_picture(scan.image, scan, shown, "image")
+    picture |= _rectangles("reference", reference, shown, scan) | _rectangles("predicted", boxes or [], shown, scan)
+    return CaseResult(records, picture)
+
+
+def _model_boxes(context: CaseContext, seen: Scan, scan: Scan) -> tuple[str, list[Box] | None]:
+    """The answer to `seen` and its boxes on the grid of `scan`; None where the answer cannot be read."""
+    answer = _answer(context, seen, "detect")
+    try:
+        return answer, context.engine.boxes(answer, scan)
+    except ValueError:  # counted as `parsed` = 0
+        return answer, None
+
+
+def detection_values(reference: list[Box], predicted: list[Box] | None, iou_threshold: float) -> dict[str, float]:
+    """Counts of one volume; boxes match whatever their label, and the label is scored on the matched ones.
+
+    `side_correct`: whether the largest predicted box names the side of the largest reference box, where there is one;
+    no box is a wrong side.
+    """
+    boxes = predicted or []
+    match = metrics.match_boxes(_corners(reference), _corners(boxes), iou_threshold=iou_threshold)
+    overlap = metrics.box_iou(_corners(reference), _corners(boxes))
+    largest = max(reference, key=_volume, default=None)
+    guess = max(boxes, key=_volume, default=None)
+    return {
+        "matched": match.true_positives,
+        "matched_label": sum(reference[r].label == boxes[p].label for r, p in match.pairs),
+        "num_reference": match.num_reference,
+        "num_predicted": match.num_predicted,
+        "false_positives": match.false_positives,
+        "best_iou": float(overlap.max(axis=1, initial=0.0).mean()) if reference else math.nan,
+        "side_correct": math.nan if largest is None else float(guess is not None and guess.side == largest.side),
+        "parsed": float(predicted is not None),
+    }
+
+
+def _corners(boxes: list[Box]) -> np.ndarray:
+    return np.array([box.box_voxel for box in boxes], dtype=float).reshape(-1, 6)
+
+
+def _volume(box: Box) -> int:
+    z1, y1, x1, z2, y2, x2 = box.box_voxel
+    return (z2 - z1) * (y2 - y1) * (x2 - x1)
+
+
+def _shown(row: Mapping[str, Any]) -> int:
+    """Slice to show of a row: through its largest box where it has one."""
+    return _box_slice([Box(**box) for box in row["boxes"] or []], len(row["image"]))
+
+
+def _box_slice(boxes: list[Box], num_slices: int) -> int:
+    """Slice through the middle of the largest box; the middle of the volume without boxes."""
+    largest = max(boxes, key=_volume, default=None)
+    return num_slices // 2 if largest is None else (largest.box_voxel[0] + largest.box_voxel[3] - 1) // 2
+
+
+def _rectangles(name: str, boxes: list[Box], shown: int, scan: Scan) -> dict[str, np.ndarray]:
+    """Rectangles `(N, 4)` `[top, left, bottom, right]` on the oriented slice, and whether the slice cuts each box."""
+    rectangles = np.zeros((len(boxes), 4))
+    for index, box in enumerate(boxes):
+        _, y1, x1, _, y2, x2 = box.box_voxel
+        filled = np.zeros(scan.image.shape[1:], bool)
+        filled[y1:y2, x1:x2] = True
+        rows, columns = np.nonzero(orient_slice(filled, scan.affine).pixels)
+        rectangles[index] = rows.min(), columns.min(), rows.max() + 1, columns.max() + 1
+    cut = np.array([box.box_voxel[0] <= shown < box.box_voxel[3] for box in boxes], dtype=bool)
+    return {f"{name}_rectangles": rectangles, f"{name}_cut": cut}
+
+
+def diagnose_case(context: CaseContext, row: Mapping[str, Any]) -> CaseResult:
+    """Probabilities over the diagnoses against the row's class; the first known class where there are several."""
+    known = [name for name in row["classes"] if name in DIAGNOSES]
+    if not known:
+        return CaseResult(skipped="none of its classes is a diagnosis of the vocabulary")
+    record, scan, truth = recorder(row, "diagnose"), row_to_scan(row), DIAGNOSES.index(known[0])
+
+    def values(probabilities: np.ndarray) -> dict[str, Any]:
+        return {"truth": truth, "probabilities": [float(p) for p in probabilities],
+                "truth_probability": float(probabilities[truth])}  # fmt: skip
+
+    probabilities, seconds = timed(lambda: _model_probabilities(context, scan))
+    records = [
+        record("volume", MODEL, values(probabilities) | {"seconds": seconds}),
+        record("volume", "majority_class", values(context.frequencies)),
+    ]
+    if "diagnose" in context.config.blank_tasks:
+        blank = _model_probabilities(context, baselines.blank_scan(scan))
+        records.append(record("volume", BLANK, values(blank)))
+    return CaseResult(records, base_picture(scan.image, scan, _shown(row), "image"))
+
+
+def _model_probabilities(context: CaseContext, scan: Scan) -> np.ndarray:
+    """Probabilities over DIAGNOSES."""
+    prompt = context.engine.encode(scan, instruction_for("diagnose"), "diagnose")
+    return np.asarray(context.engine.score_choices(prompt, diagnosis_choices()), dtype=np.float64)
+
+
+def report_case(context: CaseContext, row: Mapping[str, Any]) -> CaseResult:
+    """Findings of the generated report against those of the row's report."""
+    record, scan, reference = recorder(row, "report"), row_to_scan(row), row["report"]
+    answer, seconds = timed(lambda: untagged(_answer(context, scan, "report")))
+    agreement = {"labeller_agrees": _labeller_agreement(row)}
+    values = report_values(reference, answer) | agreement | {"seconds": seconds}
+    records = [record("volume", MODEL, values, reference=reference, answer=answer)]
+    if "report" in context.config.blank_tasks:
+        blank = untagged(_answer(context, baselines.blank_scan(scan), "report"))
+        records.append(record("volume", BLANK, report_values(reference, blank), reference=reference, answer=blank))
+    return CaseResult(records, base_picture(scan.image, scan, _shown(row), "image"))
+
+
+def report_values(reference: str, answer: str) -> dict[str, float]:
+    """Label counts of one report, and the lexical scores whose package is installed."""
+    counts = compare_reports(reference, answer)
+    lexical = {name: math.nan if missing_package(name) else score(reference, answer) for name, score in LEXICAL.items()}
+    return asdict(counts) | {"agrees": float(counts.agrees), "case_f1": _case_f1(counts)} | lexical
+
+
+def _case_f1(counts: ReportCounts) -> float:
+    """Label F1 of one report; two reports without findings agree perfectly. It orders the cases of the page."""
+    total = counts.predicted + counts.reference
+    return 2 * counts.matched / total if total else 1.0
+
+
+def _labeller_agreement(row: Mapping[str, Any]) -> float:
+    """Whether the labels read from the reference report are those of the row's boxes; NaN without boxes."""
+    if row["boxes"] is None:
+        return math.nan
+    return float(label_text(row["report"]) == {(box["label"], box["side"]) for box in row["boxes"]})
+
+
+def _answer(context: CaseContext, scan: Scan, task: str) -> str:
+    """Greedy text answer, with its tags."""
+    prompt = context.engine.encode(scan, instruction_for(task), task)
+    return context.engine.generate_text(
+        prompt, max_new_tokens=context.config.max_new_tokens, temperature=0.0, seed=context.config.seed
+    ).text

@@ -1,0 +1,217 @@
+"""Configuration of a training run: the whole of it is recorded with the run and stands in its checkpoints."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omnimri.models.config import OmniMRIConfig
+from omnimri.platform.data.stream import StreamConfig
+from omnimri.platform.training.stages import KINDS, STAGES, Stage, stage_named
+from omnimri.platform.training.zero import ZeroConfig
+
+DEFAULT_WEIGHTS: Mapping[str, float] = {
+    "image": 0.5,
+    "image.slices": 0.5,
+    "paired": 1.0,
+    "instruct.reconstruct": 1.0,
+    "instruct.segment": 1.0,
+    "instruct.text": 1.0,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One stage's optimisation and data mixture."""
+
+    steps: int
+    """Optimizer steps."""
+    lr: float
+    """Largest learning rate, reached after the warm-up."""
+    rows_per_step: dict[str, int]
+    """Samples per forward pass of each source, summed over all workers."""
+    weights: dict[str, float] = field(default_factory=lambda: dict(DEFAULT_WEIGHTS))
+    """Weight of each source among those of its kind; 0 leaves it out."""
+    ratio: dict[str, float] | None = None
+    """Share of the forward passes by kind of data; None keeps the stage's (Table 2 of the paper)."""
+    accumulation: int = 1
+    """Forward passes per optimizer step; each has one source, the next may have another."""
+    lr_scale: dict[str, float] = field(default_factory=dict)
+    """Factor on the learning rate by part of the model; parts not named have 1."""
+    warmup_share: float = 0.05
+    """Share of the steps in which the learning rate rises linearly from 0."""
+    final_lr_share: float = 0.1
+    """Share of `lr` that the cosine ends at."""
+    weight_decay: float = 0.05
+    """Of matrices; norms, biases, embeddings and routers have none."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of AdamW's two moments."""
+    objective: dict[str, Any] = field(default_factory=dict)
+    """Options handed to the stage's objective."""
+    seed: int = 0
+    """Of the order of the data, the augmentations and the noise."""
+    log_every: int = 10
+    """Steps between two records in the tracker."""
+    checkpoint_every: int = 100
+    """Steps between two checkpoints: what a killed worker costs, plus those of the seconds in which Ray takes note."""
+    checkpoint_async: bool = True
+    """Upload periodic checkpoints while training goes on; the last is always awaited."""
+    validate_every: int | None = None
+    """Steps between two looks at held-out rows; None never looks."""
+    validate_batches: int = 1
+    """Batches of each source that a look takes, always the same ones."""
+    checkpoint_frozen: bool = True
+    """Keep parameters that do not learn in the checkpoint too; without them it is smaller."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "accumulation", "log_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"TrainConfig.{name} must be at least 1, found {getattr(self, name)}.")
+        if self.lr <= 0:
+            raise ValueError(f"TrainConfig.lr must be positive, found {self.lr}.")
+        if not 0 <= self.warmup_share < 1:
+            raise ValueError(f"TrainConfig.warmup_share must lie in [0, 1), found {self.warmup_share}.")
+        if self.ratio is not None and (unknown := set(self.ratio) - set(KINDS)):
+            raise ValueError(f"TrainConfig.ratio: unknown kinds {sorted(unknown)}; known: {list(KINDS)}.")
+
+    @property
+    def num_slots(self) -> int:
+        """Forward passes of the whole stage on one worker."""
+        return self.steps * self.accumulation
+
+    def lr_factor(self, step: int) -> float:
+        """Factor on every learning rate at optimizer step `step` (from 0): linear warm-up, then cosine."""
+        warmup = round(self.steps * self.warmup_share)
+        if step < warmup:
+            return (step + 1) / warmup
+        progress = (step - warmup) / max(1, self.steps - warmup)
+        return self.final_lr_share + (1 - self.final_lr_share) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+    def shares(self, stage: Stage, kinds: Mapping[str, str]) -> dict[str, float]:
+        """Share of the forward passes by source.
+
+        Args:
+            stage: Whose ratio of the kinds holds unless `ratio` is set.
+            kinds: Kind of every known source.
+        """
+        ratio = stage.ratio if self.ratio is None else self.ratio
+        if unknown := sorted(name for name, weight in self.weights.items() if weight and name not in kinds):
+            raise ValueError(f"TrainConfig.weights: unknown sources {unknown}; known: {sorted(kinds)}.")
+        shares: dict[str, float] = {}
+        for kind in KINDS:
+            members = {name: w for name, w in self.weights.items() if w and kinds[name] == kind}
+            if ratio.get(kind, 0.0) and not members:
+                raise ValueError(
+                    f"Stage {stage.name!r} wants {ratio[kind]:.0%} {kind} data, but no source of that kind has a "
+                    f"weight in TrainConfig.weights; known: {sorted(n for n, k in kinds.items() if k == kind)}."
+                )
+            shares |= {name: ratio.get(kind, 0.0) * w / sum(members.values()) for name, w in members.items()}
+        return {name: share for name, share in shares.items() if share > 0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfigs:
+    """A `TrainConfig` for each stage."""
+
+    vision: TrainConfig
+    align: TrainConfig
+    multimodal: TrainConfig
+    instruct: TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScalingConfig:
+    """Workers and what each may use."""
+
+    num_workers: int = 1
+    """Ray Train workers; 0 trains in the calling process, without Ray Train."""
+    use_gpu: bool = False
+    cpus_per_worker: float = 1.0
+    """Logical CPUs that Ray reserves for one worker."""
+    threads_per_worker: int | None = None
+    """Threads of torch in one worker; None divides the machine's cores among the workers."""
+    max_failures: int = 2
+    """Times that a run is restarted from its last checkpoint after a worker has died; -1 is without end."""
+
+    def __post_init__(self) -> None:
+        if self.num_workers < 0:
+            raise ValueError(f"ScalingConfig.num_workers must be 0 or more, found {self.num_workers}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A whole run: the model, the data, and every stage."""
+
+    name: str
+    """Resume key: submitting the same name again goes on where the run stopped."""
+    model: OmniMRIConfig
+    data: tuple[str, ...]
+    """Folders of shards, as `omnimri ingest` writes them."""
+    out: str
+    """Folder of the run: checkpoints, models and results of all stages."""
+    train: StageConfigs
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
+    scaling: ScalingConfig = field(default_factory=ScalingConfig)
+    stream: StreamConfig = field(default_factory=StreamConfig)
+    tracking_uri: str | None = None
+    """MLflow's; None keeps a database in the run's folder."""
+
+    def __post_init__(self) -> None:
+        if self.zero.offload == "cpu" and self.zero.stage >= 2:
+            accumulating = [name for name in STAGES if self.stage(name).accumulation > 1]
+            if accumulating:
+                # Measured: with several sources, DeepSpeed 0.19 loses gradients of all but the last forward pass.
+                raise ValueError(
+                    f"TrainConfig.accumulation must be 1 with ZeroConfig.offload='cpu' at ZeRO stage "
+                    f"{self.zero.stage}; found more for {accumulating}. Raise rows_per_step, or use offload='none'."
+                )
+
+    def stage(self, name: str) -> TrainConfig:
+        """Settings of one stage."""
+        return getattr(self.train, stage_named(name).name)
+
+    def folder(self, stage: str) -> Path:
+        """Where a stage keeps its model, its result and its record."""
+        return Path(self.out).absolute() / stage
+
+    def stage_settings(self, stage: str) -> dict[str, Any]:
+        """Everything that decides what a stage computes, and nothing of where it runs."""
+        return {
+            "model": _plain(asdict(self.model)),
+            "train": {k: v for k, v in _plain(asdict(self.stage(stage))).items() if k not in _OPERATIONAL},
+            "precision": self.zero.precision,
+            "gradient_clipping": self.zero.gradient_clipping,
+        }
+
+
+_OPERATIONAL = {
+    "log_every", "checkpoint_every", "checkpoint_async", "checkpoint_frozen", "validate_every", "validate_batches",
+}  # fmt: skip
+"""Fields of `TrainConfig` that may change between a start and a resume."""
+
+
+def expand_overrides(assignments: Sequence[str], stages: Sequence[str]) -> list[str]:
+    """Write `train.lr=1e-4` out for each of the stages at hand; everything else stays."""
+    expanded = []
+    for assignment in assignments:
+        head, _, rest = assignment.partition(".")
+        if head == "train" and rest.partition(".")[0] not in STAGES:
+            expanded += [f"train.{stage}.{rest}" for stage in stages]
+        else:
+            expanded.append(assignment)
+    return expanded
+
+
+def digest(settings: Any) -> str:
+    """Short hash of plain settings; equal settings, equal hash."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _plain(values: Any) -> Any:
+    """Tuples as lists, so that settings compare equal with their JSON."""
+    return json.loads(json.dumps(values, default=str))

@@ -1,0 +1,49 @@
+"""What training needs of the model room and of the views, behind one seam."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from omnimri.platform.data.stream import SourceRows
+
+
+class Kit(Protocol):
+    """Builds what a stage is made of. Instances travel to Ray workers, so they are small and picklable."""
+
+    def kinds(self) -> Mapping[str, str]:
+        """Kind (`image`, `paired` or `instruction`) of every source."""
+
+    def data_digest(self, data: Sequence[str]) -> str:
+        """Version of the data in the folders."""
+
+    def source_rows(self, source: str, data: Sequence[str], config: Any, split: str) -> SourceRows:
+        """The rows of a split (`train` or `val`) that a source may show, and how samples are made of them."""
+
+    def build_tokenizer(self, data: Sequence[str], config: Any, folder: Path) -> None:
+        """Train a tokenizer on the texts of the training rows and write it to `folder`."""
+
+    def load_tokenizer(self, folder: Path) -> Any:
+        """A tokenizer from its folder."""
+
+    def create(self, config: Any, tokenizer: Any) -> nn.Module:
+        """A new model; the caller has seeded torch."""
+
+    def load(self, folder: Path, config: Any) -> nn.Module:
+        """The model of a folder; parts whose shapes differ from `config` are new, and it says so in the log."""
+
+    def objective(self, name: str, model: nn.Module, options: Mapping[str, Any]) -> nn.Module:
+        """Module from a batch to a dict of scalars, of which `loss` is optimised."""
+
+    def collate(self, samples: list[dict[str, Any]], tokenizer: Any, model: nn.Module) -> dict[str, torch.Tensor]:
+        """One batch of samples of one source; the model is asked for its sizes only."""
+
+    def parts(self, model: nn.Module) -> Mapping[str, nn.Module]:
+        """Parts of the model by name."""
+
+    def save(self, model: nn.Module, folder: Path, tokenizer: Any, card: Mapping[str, Any]) -> None:
+        """Write the plain folder: parts, tokenizer, preprocessing, card."""

@@ -1,0 +1,460 @@
+"""The one training loop: every stage, every number of workers, every ZeRO stage. The only file that starts DeepSpeed.
+
+All ranks go through the same sources in the same order (see `schedule`), so each step runs the same heads everywhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import math
+import os
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from omnimri.platform.cluster import environment
+from omnimri.platform.data.stream import SampleMaker, StreamConfig, stream_batches
+from omnimri.platform.tracking import Tracker
+from omnimri.platform.training import checkpoints
+from omnimri.platform.training.config import RunConfig, TrainConfig
+from omnimri.platform.training.kit import Kit
+from omnimri.platform.training.meters import LossTenths, Meters
+from omnimri.platform.training.optimizer import forget_gradients, parameter_groups, set_learning_rates, train_only
+from omnimri.platform.training.schedule import Schedule, build_schedule
+from omnimri.platform.training.session import RayTrainSession, Session
+from omnimri.platform.training.stages import Stage, stage_named
+from omnimri.platform.training.zero import deepspeed_config
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageJob:
+    """Everything that a worker needs to know; travels to it by pickle."""
+
+    stage: str
+    run: RunConfig
+    kit: Kit
+    init: str | None
+    """Model folder to start from; None makes a new model."""
+    tokenizer: str
+    """Folder of the tokenizer."""
+    model_folder: str
+    """Where the plain folder goes at the end."""
+    settings_digest: str
+    data_digest: str
+    tracker: Tracker | None = None
+    """The stage's run in the tracker; None records nothing."""
+    report_every: int | None = None
+    """Steps between two reports to the session (a sweep's scheduler listens); None reports with checkpoints only."""
+    export: bool = True
+    """Write the plain folder at the end."""
+
+
+@dataclass(kw_only=True)
+class Bench:
+    """What the loop works with, made once per start."""
+
+    job: StageJob
+    session: Session
+    train: TrainConfig
+    schedule: Schedule
+    maker: SampleMaker
+    tokenizer: Any
+    model: nn.Module
+    objective: nn.Module
+    engine: Any
+    base_lrs: list[float]
+    tenths: LossTenths
+    held_out: list[tuple[str, Any]]
+    """Source and batch of every look at held-out rows."""
+    tracker: Tracker | None
+
+
+def train_loop(config: dict[str, Any]) -> None:
+    """Entry point of a Ray Train worker; `config["job"]` is the `StageJob`."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("omnimri").setLevel(logging.INFO)
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    # DeepSpeed calls what torch renames; ours to watch in the tests, not on every step of a run.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    train_stage(config["job"], RayTrainSession())
+
+
+def train_stage(job: StageJob, session: Session) -> None:
+    """Train a stage from its start or from its last checkpoint, and write the model folder.
+
+    Raises:
+        ValueError: If the checkpoint belongs to another configuration, or rows do not divide among the workers.
+        FloatingPointError: If a loss is not finite.
+    """
+    with worker_process(job, session):
+        with session.last_checkpoint() as checkpoint:
+            bench, first_step = open_bench(job, session, checkpoint)
+        batches = run_steps(bench, first_step)
+        finish(bench, batches)
+        bench.engine.destroy()
+
+
+@contextlib.contextmanager
+def worker_process(job: StageJob, session: Session) -> Iterator[None]:
+    """Threads, log level, and a process group of one where Ray Train made none."""
+    scaling = job.run.scaling
+    former_threads = torch.get_num_threads()
+    torch.set_num_threads(scaling.threads_per_worker or max(1, (os.cpu_count() or 1) // session.world_size))
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    # Read when deepspeed is imported and when an engine starts.
+    variables = {"LOCAL_RANK": os.environ.get("LOCAL_RANK", "0")} | (
+        {} if scaling.use_gpu else {"DS_ACCELERATOR": "cpu"}
+    )
+    with environment(variables):
+        if not dist.is_initialized():
+            # Stays until the process ends: DeepSpeed remembers groups and has no way to forget them.
+            dist.init_process_group("nccl" if scaling.use_gpu else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(former_threads)
+
+
+def open_bench(job: StageJob, session: Session, checkpoint: Path | None) -> tuple[Bench, int]:
+    """Build or restore everything; returns the bench and the optimizer step to go on with."""
+    stage, train = stage_named(job.stage), job.run.stage(job.stage)
+    meta = None if checkpoint is None else checkpoints.Meta.read(checkpoint)
+    if meta is not None:
+        checkpoints.check_resumable(
+            meta, stage=job.stage, settings_digest=job.settings_digest, data_digest=job.data_digest
+        )
+    tokenizer = job.kit.load_tokenizer(Path(job.tokenizer))
+    model, objective = build_modules(job, stage, tokenizer)
+    groups = parameter_groups(objective, job.kit.parts(model), train)
+    universal = meta is not None and checkpoints.needs_universal(meta, session.world_size, job.run.zero.stage)
+    engine = start_engine(job, objective, groups, universal=universal)
+    if checkpoint is not None:
+        restore(job, session, engine, checkpoint, universal=universal)
+        logger.info("Stage %s goes on at step %d of %d", job.stage, meta.step, train.steps)
+    schedule, maker = plan_data(job, session.world_size)
+    bench = Bench(
+        job=job,
+        session=session,
+        train=train,
+        schedule=schedule,
+        maker=maker,
+        tokenizer=tokenizer,
+        model=model,
+        objective=objective,
+        engine=engine,
+        base_lrs=[group["lr"] for group in groups],
+        tenths=LossTenths(train.steps, meta.losses if meta else None),
+        held_out=held_out_batches(job, session, tokenizer, model),
+        tracker=None if session.rank else job.tracker,
+    )
+    return bench, meta.step if meta else 0
+
+
+def build_modules(job: StageJob, stage: Stage, tokenizer: Any) -> tuple[nn.Module, nn.Module]:
+    """The model with the stage's parts trainable and the rest frozen, and the objective around it."""
+    torch.manual_seed(job.run.stage(stage.name).seed)
+    if job.init is None:
+        model = job.kit.create(job.run.model, tokenizer)
+    else:
+        model = job.kit.load(Path(job.init), job.run.model)
+    train_only(job.kit.parts(model), stage.trains)
+    objective = job.kit.objective(stage.objective, model, job.run.stage(stage.name).objective)
+    return model, objective
+
+
+def start_engine(job: StageJob, objective: nn.Module, groups: list[dict[str, Any]], *, universal: bool) -> Any:
+    """Hand the objective to DeepSpeed, with the parameters that learn and no others."""
+    import deepspeed
+    import deepspeed.ops
+
+    # Its shared-memory all-reduce is compiled at first use and needs a compiler on the node; gloo does without.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    train = job.run.stage(job.stage)
+    config = deepspeed_config(
+        job.run.zero,
+        lr=train.lr,
+        betas=train.betas,
+        weight_decay=train.weight_decay,
+        accumulation=train.accumulation,
+        universal=universal,
+    )
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    engine, *_ = deepspeed.initialize(
+        model=objective, model_parameters=[dict(group) for group in groups], config=config, dist_init_required=False
+    )
+    return engine
+
+
+def restore(job: StageJob, session: Session, engine: Any, checkpoint: Path, *, universal: bool) -> None:
+    """Load the engine's state, through a universal checkpoint where the shards were cut for other workers."""
+    if universal:
+        target = job.run.folder(job.stage) / "universal"
+        if session.rank == 0:
+            checkpoints.convert_universal(checkpoint, target)
+        session.barrier()
+        checkpoint = target / checkpoint.name
+    checkpoints.load_shards(engine, checkpoint)
+
+
+def plan_data(job: StageJob, world_size: int) -> tuple[Schedule, SampleMaker]:
+    """The source of every step, and the maker of their samples.
+
+    Raises:
+        ValueError: If a source has no rows, or its rows per step do not divide among the workers.
+    """
+    train, data = job.run.stage(job.stage), job.run.data
+    shares = train.shares(stage_named(job.stage), job.kit.kinds())
+    schedule = build_schedule(shares, train.rows_per_step, train.num_slots, train.seed)
+    sources = {source: job.kit.source_rows(source, data, job.run.model, "train") for source in schedule.sources}
+    for source, rows in zip(schedule.sources, schedule.rows, strict=True):
+        if rows % world_size:
+            raise ValueError(
+                f"TrainConfig.rows_per_step[{source!r}] is {rows}, which does not divide among {world_size} workers; "
+                "choose a multiple."
+            )
+        if not sources[source].rows:
+            raise ValueError(f"Source {source!r}: no training row in {', '.join(data)} fits it.")
+    return schedule, SampleMaker(sources=sources, seed=train.seed)
+
+
+def held_out_batches(job: StageJob, session: Session, tokenizer: Any, model: nn.Module) -> list[tuple[str, Any]]:
+    """This rank's batches of rows that no stage trains on, from every source that the stage may mix."""
+    train, stage = job.run.stage(job.stage), stage_named(job.stage)
+    if train.validate_every is None:
+        return []
+    shares = replace(train, ratio=None).shares(stage, job.kit.kinds())
+    schedule = build_schedule(dict.fromkeys(shares, 1.0), train.rows_per_step, train.validate_batches * len(shares), 0)
+    bound = {name: job.kit.source_rows(name, job.run.data, job.run.model, "val") for name in shares}
+    if empty := sorted(name for name, rows in bound.items() if not rows.rows):
+        logger.warning("Stage %s: no held-out rows for %s; they are not validated.", stage.name, ", ".join(empty))
+    slots = [slot for slot in schedule.slots() if bound[slot.source].rows]
+    batches = stream_batches(
+        slots,
+        SampleMaker(sources=bound, seed=0),
+        lambda samples: job.kit.collate(samples, tokenizer, model),
+        rank=session.rank,
+        world_size=session.world_size,
+        config=StreamConfig(num_tasks=0, prefetch=0),
+    )
+    return [(slot.source, batch) for slot, batch in zip(slots, batches, strict=True)]
+
+
+def run_steps(bench: Bench, first_step: int) -> dict[str, Any]:
+    """Optimizer steps `first_step` to the end; returns the last batch of each source."""
+    train, meters = bench.train, Meters()
+    slots = bench.schedule.slots(first_step * train.accumulation)
+    stream = stream_batches(
+        slots,
+        bench.maker,
+        lambda samples: bench.job.kit.collate(samples, bench.tokenizer, bench.model),
+        rank=bench.session.rank,
+        world_size=bench.session.world_size,
+        config=bench.job.run.stream,
+    )
+    last: dict[str, Any] = {}
+    set_training_mode(bench)
+    with contextlib.closing(stream) as batches:
+        labelled = zip((slot.source for slot in slots), batches, strict=True)
+        for step in range(first_step, train.steps):
+            optimizer_step(bench, step, labelled, meters, last)
+            after_step(bench, step + 1, meters)
+    return last
+
+
+def set_training_mode(bench: Bench) -> None:
+    """Training mode for what learns; frozen parts give the same features whatever their drop-out."""
+    bench.engine.train()
+    for part in bench.job.kit.parts(bench.model).values():
+        if not any(parameter.requires_grad for parameter in part.parameters()):
+            part.eval()
+
+
+def optimizer_step(
+    bench: Bench, step: int, batches: Iterator[tuple[str, Any]], meters: Meters, last: dict[str, Any]
+) -> None:
+    """Forward and backward passes of one step and the update; DeepSpeed accumulates between updates."""
+    set_learning_rates(bench.engine.optimizer.param_groups, bench.base_lrs, bench.train.lr_factor(step))
+    forget_gradients(bench.engine.optimizer)
+    for micro in range(bench.train.accumulation):
+        times = [time.perf_counter()]
+        source, batch = next(batches)
+        batch = last[source] = to_device(batch, bench.engine.device)
+        times.append(time.perf_counter())
+        torch.manual_seed(step_seed(bench.train.seed, step * bench.train.accumulation + micro, bench.session.rank))
+        losses = bench.engine(batch)
+        means = mean_over_ranks(losses)
+        check_finite(means, step, source)
+        times.append(time.perf_counter())
+        bench.engine.backward(losses["loss"])
+        times.append(time.perf_counter())
+        bench.engine.step()
+        times.append(time.perf_counter())
+        seconds = dict(zip(("data", "forward", "backward", "optimizer"), _differences(times), strict=True))
+        rows = bench.schedule.rows[bench.schedule.sources.index(source)]
+        tokens = int(batch["num_tokens"]) * bench.session.world_size if "num_tokens" in batch else 0
+        meters.add(source, means, seconds, rows, tokens)
+        bench.tenths.add(step, source, means)
+    meters.steps += 1
+
+
+def after_step(bench: Bench, done: int, meters: Meters) -> None:
+    """Record, report and save what is due after `done` optimizer steps."""
+    train, last = bench.train, done == bench.train.steps
+    if done % train.log_every == 0 or last:
+        record = meters.flush()
+        record["lr"] = train.lr * train.lr_factor(done - 1)
+        record["gradient_norm"] = gradient_norm(bench.engine)
+        log_record(bench, done, record)
+    metrics = progress(bench, done)
+    if bench.held_out and (last or done % train.validate_every == 0):
+        looked = validate(bench)
+        metrics |= looked
+        if bench.tracker is not None:
+            bench.tracker.log_metrics(looked, step=done)
+    if last or done % train.checkpoint_every == 0:
+        save(bench, done, metrics, wait=last or not train.checkpoint_async)
+    elif bench.job.report_every and done % bench.job.report_every == 0:
+        bench.session.report(metrics)
+
+
+@torch.no_grad()
+def validate(bench: Bench) -> dict[str, float]:
+    """Losses on the held-out batches: each by source, and over sources with equal weight."""
+    bench.engine.eval()
+    found: dict[str, list[float]] = {}
+    for number, (source, batch) in enumerate(bench.held_out):
+        torch.manual_seed(step_seed(0, number, bench.session.rank))
+        for name, value in mean_over_ranks(bench.engine(to_device(batch, bench.engine.device))).items():
+            found.setdefault(f"val/{name}/{source}", []).append(value)
+    set_training_mode(bench)
+    means = {name: sum(values) / len(values) for name, values in found.items()}
+    for name in {key.split("/")[1] for key in means}:
+        of_sources = [value for key, value in means.items() if key.split("/")[1] == name]
+        means[f"val/{name}"] = sum(of_sources) / len(of_sources)
+    return means
+
+
+def log_record(bench: Bench, done: int, record: dict[str, float]) -> None:
+    """Numbers to the tracker, one line to the log; rank 0 only."""
+    if bench.session.rank:
+        return
+    logger.info("Stage %s step %d/%d: loss %.4f", bench.job.stage, done, bench.train.steps, record["loss"])
+    if bench.tracker is not None:
+        bench.tracker.log_metrics(record, step=done)
+
+
+def save(bench: Bench, done: int, metrics: dict[str, Any], *, wait: bool) -> None:
+    """Write this rank's part of a checkpoint and hand it in."""
+    job = bench.job
+    folder = bench.session.checkpoint_folder()
+    checkpoints.save_shards(bench.engine, folder, keep_frozen=bench.train.checkpoint_frozen)
+    if bench.session.rank == 0:
+        checkpoints.Meta(
+            stage=job.stage,
+            step=done,
+            world_size=bench.session.world_size,
+            zero_stage=job.run.zero.stage,
+            settings_digest=job.settings_digest,
+            data_digest=job.data_digest,
+            positions=bench.schedule.positions(done * bench.train.accumulation),
+            losses=bench.tenths.state,
+        ).write(folder)
+    bench.session.report(metrics, folder, wait=wait)
+
+
+def progress(bench: Bench, done: int) -> dict[str, Any]:
+    """What the session is told: the step, and the losses of the first and last tenth as far as they are known."""
+    return {"step": done, "losses": bench.tenths.summary()}
+
+
+def finish(bench: Bench, last: Mapping[str, Any]) -> None:
+    """Sample pictures to the tracker, and the plain folder."""
+    log_pictures(bench, last)
+    if not bench.job.export:
+        return
+    job = bench.job
+    card = {
+        "run": job.run.name,
+        "stage": job.stage,
+        "settings": job.run.stage_settings(job.stage),
+        "settings_digest": job.settings_digest,
+        "data": list(job.run.data),
+        "data_digest": job.data_digest,
+        "losses": bench.tenths.summary(),
+        "tracking": None if job.tracker is None else {"uri": job.tracker.uri, "run_id": job.tracker.run_id},
+    }
+    checkpoints.export_folder(
+        bench.model,
+        Path(job.model_folder),
+        lambda folder: job.kit.save(bench.model, folder, bench.tokenizer, card),
+        rank=bench.session.rank,
+        sharded=job.run.zero.stage == 3,
+    )
+
+
+def log_pictures(bench: Bench, last: Mapping[str, Any]) -> None:
+    """Let the objective draw the last batch of each source; all ranks do, for ZeRO-3 gathers weights in step."""
+    draw = getattr(bench.objective, "pictures", None)
+    if draw is None:
+        return
+    for source, batch in sorted(last.items()):
+        torch.manual_seed(bench.train.seed)
+        with torch.no_grad():
+            pictures = draw(batch)
+        if bench.tracker is not None:
+            for name, picture in pictures.items():
+                bench.tracker.log_picture(f"{source}-{name}", picture)
+
+
+def step_seed(seed: int, slot: int, rank: int) -> int:
+    """Seed of the noise of one forward pass: a resumed run draws what an undisturbed one would have drawn."""
+    return (seed * 1_000_003 + slot) * 4096 + rank
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Tensors of a batch on the device of the engine."""
+    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+def mean_over_ranks(losses: Mapping[str, Tensor]) -> dict[str, float]:
+    """Scalars averaged over all ranks; the names depend on the source only, so they agree everywhere."""
+    names = sorted(losses)
+    values = torch.stack([losses[name].detach().float().reshape(()) for name in names])
+    if dist.get_world_size() > 1:
+        dist.all_reduce(values)
+        values /= dist.get_world_size()
+    return dict(zip(names, values.tolist(), strict=True))
+
+
+def check_finite(losses: Mapping[str, float], step: int, source: str) -> None:
+    """Stop before a broken gradient reaches the weights.
+
+    Raises:
+        FloatingPointError: With the step, the source and all losses.
+    """
+    if not math.isfinite(losses["loss"]):
+        raise FloatingPointError(
+            f"The loss is not finite at step {step} on source {source!r}: {dict(losses)}. The last checkpoint is "
+            "sound; lower TrainConfig.lr or look at the data of that step."
+        )
+
+
+def gradient_norm(engine: Any) -> float:
+    """Norm over all parameters before clipping; 0 before the first update."""
+    norm = engine.get_global_grad_norm()
+    return float(norm) if norm is not None else 0.0
+
+
+def _differences(times: list[float]) -> list[float]:
+    return [after - before for before, after in itertools.pairwise(times)]

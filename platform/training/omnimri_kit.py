@@ -1,0 +1,129 @@
+"""OmniMRI's own model, views and tokenizer behind the seam of `kit`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from omnimri.models.collate import collate
+from omnimri.models.config import OmniMRIConfig
+from omnimri.models.objectives import build_objective
+from omnimri.models.omnimri import OmniMRI, read_index
+from omnimri.models.preprocess import Preprocess
+from omnimri.models.prompts import INSTRUCTIONS, SequenceBuilder, diagnosis_choices
+from omnimri.models.tokenizer import load_tokenizer, train_tokenizer
+from omnimri.models.vocabulary import STRUCTURES
+from omnimri.platform.data.shards import RowRef, Shards, load_row
+from omnimri.platform.data.stream import SourceRows
+from omnimri.platform.data.views import SOURCES, ViewOptions, description_text
+
+TEXT_ROWS = 2000
+"""Rows whose texts the tokenizer is trained on, at most."""
+
+
+@dataclass(frozen=True)
+class _Load:
+    columns: tuple[str, ...]
+
+    def __call__(self, ref: RowRef) -> dict[str, Any]:
+        return load_row(ref, self.columns)
+
+
+@dataclass(frozen=True)
+class _Make:
+    source: str
+    options: ViewOptions
+
+    def __call__(self, row: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+        return SOURCES[self.source].make(row, rng, self.options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OmniMRIKit:
+    """See `omnimri.platform.training.kit.Kit`."""
+
+    view: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of `ViewOptions` that differ from their defaults."""
+
+    def kinds(self) -> Mapping[str, str]:
+        """See `Kit`."""
+        return {name: source.kind for name, source in SOURCES.items()}
+
+    def data_digest(self, data: Sequence[str]) -> str:
+        """See `Kit`."""
+        return Shards.open(data).digest
+
+    def source_rows(self, source: str, data: Sequence[str], config: OmniMRIConfig, split: str) -> SourceRows:
+        """See `Kit`."""
+        options = ViewOptions(preprocess=Preprocess(config.inputs), **self.view)
+        rows = [ref for ref in Shards.open(data).select(split=split).rows if SOURCES[source].accepts(ref)]
+        return SourceRows(rows=rows, load=_Load(SOURCES[source].columns), make=_Make(source, options))
+
+    def build_tokenizer(self, data: Sequence[str], config: OmniMRIConfig, folder: Path) -> None:
+        """See `Kit`."""
+        train_tokenizer(corpus_texts(data), config.backbone.vocab_size).save_pretrained(folder)
+
+    def load_tokenizer(self, folder: Path) -> PreTrainedTokenizerBase:
+        """See `Kit`."""
+        return load_tokenizer(folder)
+
+    def create(self, config: OmniMRIConfig, tokenizer: PreTrainedTokenizerBase) -> OmniMRI:
+        """See `Kit`."""
+        if len(tokenizer) > config.backbone.vocab_size:
+            raise ValueError(
+                f"The tokenizer has {len(tokenizer)} entries, the backbone {config.backbone.vocab_size}; raise "
+                "BackboneConfig.vocab_size or train the tokenizer anew."
+            )
+        return OmniMRI(config)
+
+    def load(self, folder: Path, config: OmniMRIConfig) -> OmniMRI:
+        """See `Kit`."""
+        saved = OmniMRIConfig.from_dict(read_index(folder)["config"])
+        return OmniMRI.load(folder, config=None if saved == config else config)
+
+    def objective(self, name: str, model: nn.Module, options: Mapping[str, Any]) -> nn.Module:
+        """See `Kit`."""
+        assert isinstance(model, OmniMRI)
+        return build_objective(name, model, options)
+
+    def collate(
+        self, samples: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, model: nn.Module
+    ) -> dict[str, Tensor]:
+        """See `Kit`."""
+        assert isinstance(model, OmniMRI)
+        return collate(
+            samples,
+            SequenceBuilder(
+                tokenizer=tokenizer,
+                num_visual=model.num_visual_tokens,
+                num_queries=model.config.connector.num_queries,
+            ),
+        )
+
+    def parts(self, model: nn.Module) -> Mapping[str, nn.Module]:
+        """See `Kit`."""
+        assert isinstance(model, OmniMRI)
+        return model.parts()
+
+    def save(self, model: nn.Module, folder: Path, tokenizer: Any, card: Mapping[str, Any]) -> None:
+        """See `Kit`."""
+        assert isinstance(model, OmniMRI)
+        model.save(folder, tokenizer, version=f"{card['run']}-{card['stage']}-{card['settings_digest'][:8]}", run=card)
+
+
+def corpus_texts(data: Sequence[str]) -> Iterator[str]:
+    """Texts that the model reads and writes: reports and descriptions of training rows, and every instruction."""
+    refs = [r for r in Shards.open(data).select(split="train").rows if r.has_report or r.has_description]
+    for ref in refs[:TEXT_ROWS]:
+        row = load_row(ref, ("report", "description"))
+        yield from filter(None, (row["report"], description_text(row["description"])))
+    for phrasings in INSTRUCTIONS.values():
+        for phrase in phrasings:
+            yield from (phrase.format(structure=structure) for structure in STRUCTURES)
+    yield from diagnosis_choices()

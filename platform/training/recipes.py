@@ -1,0 +1,125 @@
+"""Whole runs by name: model, stages and hardware. `--set` changes single fields."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from omnimri.models.config import preset
+from omnimri.platform.data.stream import StreamConfig
+from omnimri.platform.training.config import RunConfig, ScalingConfig, StageConfigs, TrainConfig
+from omnimri.platform.training.zero import ZeroConfig
+
+Folder = Path | str
+
+
+def tiny(name: str, data: Sequence[Folder], out: Folder) -> RunConfig:
+    """All four stages on two CPU cores, in minutes; for the built-in corpus.
+
+    Command: `omnimri train --stage all --preset tiny --data DIR --out RUNDIR`
+    """
+    rows = {
+        "image": 8,
+        "image.slices": 8,
+        "paired": 16,
+        "instruct.reconstruct": 4,
+        "instruct.segment": 4,
+        "instruct.text": 8,
+    }
+    common = {"rows_per_step": rows, "log_every": 10, "checkpoint_every": 100}
+    return RunConfig(
+        name=name,
+        model=preset("tiny"),
+        data=_absolute(data),
+        out=_absolute([out])[0],
+        train=StageConfigs(
+            vision=TrainConfig(steps=120, lr=1e-3, **common),
+            align=TrainConfig(steps=100, lr=1e-3, weight_decay=0.1, **common),
+            multimodal=TrainConfig(
+                steps=120, lr=1e-3, weight_decay=0.1, **(common | {"rows_per_step": rows | {"paired": 8}})
+            ),
+            instruct=TrainConfig(steps=600, lr=1e-3, **common),
+        ),
+    )
+
+
+def small(name: str, data: Sequence[Folder], out: Folder) -> RunConfig:
+    """Qwen2.5-0.5B shape on one 24 GB GPU, ZeRO-1 with the optimizer's state on the CPU.
+
+    Command: `omnimri train --stage all --preset small --data DIR --out RUNDIR`
+    """
+    return _large(name, "small", data, out, ZeroConfig(stage=1, precision="bfloat16", offload="cpu"), workers=1)
+
+
+def base(name: str, data: Sequence[Folder], out: Folder) -> RunConfig:
+    """Qwen2.5-1.5B shape on two 80 GB GPUs, ZeRO-2.
+
+    Command: `omnimri train --stage all --preset base --data DIR --out RUNDIR`
+    """
+    return _large(name, "base", data, out, ZeroConfig(stage=2, precision="bfloat16"), workers=2)
+
+
+def seven_b(name: str, data: Sequence[Folder], out: Folder) -> RunConfig:
+    """Qwen2.5-7B shape on eight 80 GB GPUs, ZeRO-3.
+
+    Command: `omnimri train --stage all --preset 7b --data DIR --out RUNDIR`
+    """
+    return _large(name, "7b", data, out, ZeroConfig(stage=3, precision="bfloat16"), workers=8)
+
+
+RECIPES: dict[str, Callable[[str, Sequence[Folder], Folder], RunConfig]] = {
+    "tiny": tiny,
+    "small": small,
+    "base": base,
+    "7b": seven_b,
+}
+
+
+def recipe(preset_name: str, name: str, data: Sequence[Folder], out: Folder) -> RunConfig:
+    """The run of a preset.
+
+    Raises:
+        ValueError: With the known presets.
+    """
+    if preset_name not in RECIPES:
+        raise ValueError(f"Preset {preset_name!r} is unknown; known: {', '.join(RECIPES)}.")
+    return RECIPES[preset_name](name, data, out)
+
+
+def _large(
+    name: str, preset_name: str, data: Sequence[Folder], out: Folder, zero: ZeroConfig, workers: int
+) -> RunConfig:
+    """A GPU run; learning rates and steps follow the reference systems (SimMIM, CLIP, LLaVA, MetaQuery)."""
+    rows = {
+        "image": 8 * workers,
+        "image.slices": 8 * workers,
+        "paired": 16 * workers,
+        "instruct.reconstruct": 4 * workers,
+        "instruct.segment": 4 * workers,
+        "instruct.text": 8 * workers,
+    }
+    common = {"rows_per_step": rows, "log_every": 20, "checkpoint_every": 1000}
+    return RunConfig(
+        name=name,
+        model=preset(preset_name),
+        data=_absolute(data),
+        out=_absolute([out])[0],
+        train=StageConfigs(
+            vision=TrainConfig(steps=100_000, lr=4e-4, **common),
+            align=TrainConfig(steps=20_000, lr=1e-3, weight_decay=0.1, lr_scale={"text_encoder": 0.01}, **common),
+            multimodal=TrainConfig(
+                steps=80_000, lr=1e-4, weight_decay=0.1, lr_scale={"backbone": 0.2}, warmup_share=0.03, **common
+            ),
+            instruct=TrainConfig(
+                steps=70_000, lr=1e-4, weight_decay=0.1, lr_scale={"backbone": 0.2}, warmup_share=0.03, **common
+            ),
+        ),
+        zero=zero,
+        scaling=ScalingConfig(num_workers=workers, use_gpu=True, cpus_per_worker=4.0, max_failures=5),
+        stream=StreamConfig(num_tasks=6, cpus_per_task=1.0, memory_mb=4096),
+    )
+
+
+def _absolute(folders: Sequence[Folder]) -> tuple[str, ...]:
+    """Workers have another working directory."""
+    return tuple(str(Path(folder).absolute()) for folder in folders)

@@ -1,0 +1,270 @@
+"""The ingress deployment: admission, reading the upload, calling encoder and decoders, building the answer.
+
+It holds no weights. Encoder output never passes through here: the response of the encoder is handed on unawaited, so
+that the prompt goes through the object store from one replica to the other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ray
+from fastapi import FastAPI
+from ray import serve
+from ray.exceptions import RayTaskError
+from ray.serve import metrics
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from omnimri.models.prompts import diagnosis_choices, instruction_for
+from omnimri.models.scan import Scan
+from omnimri.serve.admission import Admission, busy
+from omnimri.serve.answers import (
+    Draft,
+    reconstruction_draft,
+    segmentation_draft,
+    structure_instructions,
+    text_draft,
+    wanted_structures,
+)
+from omnimri.serve.artifacts import ArtifactStore, media_type, new_request_id
+from omnimri.serve.checkpoint import read_contract
+from omnimri.serve.config import AppArgs, IngressConfig
+from omnimri.serve.deployments import SECONDS_BUCKETS
+from omnimri.serve.intake import Intake, read_upload, ready_for_reconstruction
+from omnimri.serve.routes import build_routes
+from omnimri.serve.schemas import (
+    Answer,
+    ArtifactLink,
+    ModelCard,
+    ModelName,
+    Readiness,
+    ReconstructForm,
+    RequestError,
+    SegmentForm,
+    TextForm,
+    UploadForm,
+)
+
+logger = logging.getLogger("ray.serve")  # The one logger that Serve writes to a replica's log file.
+
+TEXT_TASKS = ("detect", "diagnose", "report")
+
+
+@serve.deployment(name="ingress", **IngressConfig().options())
+@serve.ingress()
+class Ingress:
+    """Everything between HTTP and the model deployments."""
+
+    def __init__(
+        self, args: AppArgs, encoder: DeploymentHandle, text: DeploymentHandle, image: DeploymentHandle
+    ) -> None:
+        self.args = args
+        self.encoder, self.text, self.image = encoder, text, image
+        self.contract = read_contract(Path(args.model))
+        self.store = ArtifactStore(
+            args.artifacts_dir, max_requests=args.max_artifact_requests, max_age_s=args.max_artifact_age_s
+        )
+        self.admission = Admission(
+            {"text": args.serving.text.capacity, "image": args.serving.image.capacity}, retry_after_s=args.retry_after_s
+        )
+        self._requests = metrics.Counter(
+            "omnimri_requests", description="Requests by task and status.", tag_keys=("task", "status")
+        )
+        self._seconds = metrics.Histogram(
+            "omnimri_request_seconds",
+            description="Seconds per request, upload reading included.",
+            boundaries=SECONDS_BUCKETS,
+            tag_keys=("task",),
+        )
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Serve's hook: called once per replica, after the constructor."""
+        return build_routes(self)
+
+    # Tasks
+
+    async def reconstruct(self, form: ReconstructForm) -> Answer:
+        """Image from undersampled k-space."""
+
+        async def work() -> Draft:
+            intake = await self._read(form, needs_kspace=True)
+            intake = await asyncio.to_thread(ready_for_reconstruction, intake, form.acceleration, form.seed)
+            scan = intake.scan
+            instruction = form.instruction or instruction_for("reconstruct")
+            reference = await asyncio.to_thread(ray.put, scan)
+            prompt = self.encoder.encode.remote(reference, instruction, "reconstruct")
+            result = await self._result(
+                self.image.reconstruct.remote(
+                    reference, prompt, num_steps=form.num_steps, num_samples=form.num_samples, seed=form.seed
+                ),
+                "image",
+            )
+            return await asyncio.to_thread(reconstruction_draft, intake, instruction, result)
+
+        return await self._answer("reconstruct", "image", work)
+
+    async def segment(self, form: SegmentForm) -> Answer:
+        """Label map of the structures asked for."""
+        structures = wanted_structures(form.structures, form.instruction)
+
+        async def work() -> Draft:
+            intake = await self._read(form)
+            instructions = structure_instructions(structures, form.instruction)
+            reference = await asyncio.to_thread(ray.put, intake.scan)
+            prompts = self.encoder.encode_each.remote(reference, instructions, "segment")
+            result = await self._result(
+                self.image.segment.remote(reference, prompts, num_steps=form.num_steps, seed=form.seed), "image"
+            )
+            instruction = form.instruction or " ".join(instructions.values())
+            return await asyncio.to_thread(segmentation_draft, intake, instruction, result)
+
+        return await self._answer("segment", "image", work)
+
+    async def write(self, task: str, form: TextForm) -> Answer:
+        """A task answered in text: detect, diagnose or report."""
+
+        async def work() -> Draft:
+            intake = await self._read(form)
+            instruction = form.instruction or instruction_for(task)
+            prompt = self._prompt(intake.scan, instruction, task)
+            choices = diagnosis_choices() if task == "diagnose" else []
+            result = await self._result(self.text.answer.remote(prompt, choices=choices, **_sampling(form)), "text")
+            return await asyncio.to_thread(text_draft, task, intake, instruction, result, self.contract.preprocess)
+
+        return await self._answer(task, "text", work)
+
+    async def stream(self, task: str, form: TextForm) -> AsyncIterator[str | Answer]:
+        """Pieces of the text as they are decoded, then the whole answer."""
+        started = time.perf_counter()
+        request_id = new_request_id()
+        with self.admission.slot("text"), self._counted(task, request_id):
+            intake = await self._read(form)
+            instruction = form.instruction or instruction_for(task)
+            prompt = self._prompt(intake.scan, instruction, task)
+            pieces = self.text.options(stream=True).stream.remote(prompt, **_sampling(form))
+            with self._model_errors("text"):
+                async for piece in pieces:
+                    if isinstance(piece, str):
+                        yield piece
+                    else:
+                        draft = text_draft(task, intake, instruction, piece, self.contract.preprocess)
+                        yield await self._publish(request_id, task, draft)
+        self._seconds.observe(time.perf_counter() - started, tags={"task": task})
+
+    # State
+
+    async def readiness(self) -> Readiness:
+        """State of the deployments, as Serve's controller sees them."""
+        status = await asyncio.to_thread(serve.status)
+        application = status.applications[serve.get_replica_context().app_name]
+        states = {name: str(deployment.status.value) for name, deployment in application.deployments.items()}
+        return Readiness(ready=all(state == "HEALTHY" for state in states.values()), deployments=states)
+
+    def model_card(self) -> ModelCard:
+        """What is being served."""
+        return ModelCard(
+            id=self.args.name,
+            version=self.contract.version,
+            tasks=["reconstruct", "segment", *TEXT_TASKS],
+            text_backend=self.args.serving.text.backend,
+            preprocessing=self.contract.preprocessing,
+        )
+
+    # Parts of a request
+
+    async def _read(self, form: UploadForm, *, needs_kspace: bool = False) -> Intake:
+        uploads = [(part.filename or "", part.file) for part in form.file]
+        intake = await asyncio.to_thread(
+            read_upload, uploads, self.args.serving.limits, series=form.series, needs_kspace=needs_kspace
+        )
+        if needs_kspace:
+            return intake
+        # The other tasks look at the image only; k-space is many times its size.
+        return replace(intake, scan=replace(intake.scan, kspace=None, mask=None))
+
+    def _prompt(self, scan: Scan, instruction: str, task: str) -> Any:
+        return self.encoder.encode.remote(scan, instruction, task)
+
+    async def _answer(self, task: str, decoder: str, work: Callable[[], Awaitable[Draft]]) -> Answer:
+        """Run a task within its decoder's limits and the time limit, and publish what it made."""
+        started = time.perf_counter()
+        request_id = new_request_id()
+        with self.admission.slot(decoder), self._counted(task, request_id):
+            try:
+                draft = await asyncio.wait_for(work(), self.args.request_timeout_s)
+            except TimeoutError as error:
+                message = f"The request took longer than {self.args.request_timeout_s:g} s and was stopped."
+                raise RequestError(504, "timeout", message) from error
+            answer = await self._publish(request_id, task, draft)
+        self._seconds.observe(time.perf_counter() - started, tags={"task": task})
+        return answer
+
+    async def _publish(self, request_id: str, task: str, draft: Draft) -> Answer:
+        """Store the files and fill the one JSON shape."""
+        files = draft.files or {}
+        if files:
+            await asyncio.to_thread(self.store.write, request_id, files)
+        return Answer(
+            id=request_id,
+            task=task,
+            instruction=draft.instruction,
+            model=ModelName(name=self.args.name, version=self.contract.version),
+            text=draft.text,
+            findings=draft.findings,
+            measurements=draft.measurements,
+            artifacts=[
+                ArtifactLink(name=name, media_type=media_type(name), href=f"/v1/artifacts/{request_id}/{name}")
+                for name in files
+            ],
+            warnings=list(dict.fromkeys(draft.warnings)),
+            preprocessing=self.contract.preprocessing,
+        )
+
+    async def _result(self, response: Awaitable[Any], deployment: str) -> Any:
+        with self._model_errors(deployment):
+            return await response
+
+    @contextlib.contextmanager
+    def _model_errors(self, deployment: str) -> Iterator[None]:
+        """Errors of a deployment as answers: full queue, no replica, input that the model cannot take."""
+        try:
+            yield
+        except BackPressureError as error:
+            raise busy(deployment, self.args.retry_after_s) from error
+        except DeploymentUnavailableError as error:
+            raise RequestError(
+                503, "unavailable", f"The {deployment} deployment is not available.", self.args.retry_after_s
+            ) from error
+        except RayTaskError as error:
+            if isinstance(error.cause, ValueError):
+                raise RequestError(422, "unprocessable", str(error.cause)) from error
+            raise
+
+    @contextlib.contextmanager
+    def _counted(self, task: str, request_id: str) -> Iterator[None]:
+        """Count and log one request; the log names the task, the id and the outcome, never the input."""
+        status = "500"
+        try:
+            yield
+            status = "200"
+        except RequestError as error:
+            status = str(error.status_code)
+            raise
+        except (asyncio.CancelledError, GeneratorExit):
+            status = "499"
+            raise
+        finally:
+            self._requests.inc(tags={"task": task, "status": status})
+            logger.info("request %s task %s status %s", request_id, task, status)
+
+
+def _sampling(form: TextForm) -> dict[str, Any]:
+    return {"max_new_tokens": form.max_new_tokens, "temperature": form.temperature, "seed": form.seed}

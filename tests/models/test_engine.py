@@ -1,0 +1,185 @@
+"""A checkpoint folder, loaded back, answers every task; and what crosses between replicas is enough."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from omnimri.models.config import PRESETS, OmniMRIConfig, preset
+from omnimri.models.engine import Engine
+from omnimri.models.omnimri import INDEX_FILE, OmniMRI
+from omnimri.models.prompts import diagnosis_choices
+from omnimri.models.scan import Scan
+from omnimri.models.tokenizer import train_tokenizer
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("checkpoint")
+    config = preset("tiny")
+    tokenizer = train_tokenizer(["Most likely diagnosis: old infarct. Report this MRI."] * 3, config.backbone.vocab_size)
+    OmniMRI(config).save(folder, tokenizer, version="test-1", run={"seed": 0})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def engine(checkpoint: Path) -> Engine:
+    return Engine.load(checkpoint)
+
+
+@pytest.fixture
+def scan(rng: torch.Generator) -> Scan:
+    noise = torch.randn(6, 4, 48, 40, dtype=torch.complex64, generator=rng).numpy()
+    mask = np.arange(40) % 3 == 0
+    mask[17:23] = True
+    return Scan(
+        image=torch.rand(6, 48, 40, generator=rng).numpy(), affine=np.diag([-2.0, -2.0, 6.0, 1.0]),
+        kspace=noise * mask, mask=mask, facts={"contrast": "T2w", "plane": "axial"},
+    )  # fmt: skip
+
+
+def test_checkpoint_round_trip_is_bit_identical(checkpoint: Path) -> None:
+    torch.manual_seed(0)
+    first, second = OmniMRI(preset("tiny")).state_dict(), OmniMRI.load(checkpoint).state_dict()
+    assert first.keys() == second.keys()
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_checkpoint_holds_no_pickle(checkpoint: Path) -> None:
+    kinds = {path.suffix for path in checkpoint.rglob("*") if path.is_file()}
+    assert kinds <= {".json", ".safetensors", ".txt", ".jinja"}
+
+
+def test_backbone_folder_is_a_plain_transformers_model(checkpoint: Path) -> None:
+    """Per-expert names, as vLLM reads them, and a tokenizer beside them."""
+    from safetensors import safe_open
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoint / "backbone")
+    assert type(model).__name__ == "Qwen2MoeForCausalLM"
+    assert len(AutoTokenizer.from_pretrained(checkpoint / "backbone")) > 256
+    with safe_open(checkpoint / "backbone" / "model.safetensors", "pt") as tensors:
+        assert "model.layers.0.mlp.experts.0.gate_proj.weight" in tensors.keys()  # noqa: SIM118
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=INDEX_FILE):
+        OmniMRI.load(tmp_path)
+
+
+def test_a_newer_format_is_refused(tmp_path: Path) -> None:
+    (tmp_path / INDEX_FILE).write_text(json.dumps({"format": 99}))
+    with pytest.raises(ValueError, match="newer"):
+        OmniMRI.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name != "tiny"])
+def test_presets_instantiate_without_memory(name: str) -> None:
+    with torch.device("meta"):
+        model = OmniMRI(preset(name))
+    count = sum(p.numel() for p in model.backbone.parameters())
+    assert {"small": 1.0e9, "base": 3.5e9, "7b": 12.5e9}[name] < count < {"small": 1.2e9, "base": 4.2e9, "7b": 14e9}[name]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_config_survives_json(name: str) -> None:
+    config = preset(name)
+    assert OmniMRIConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_another_number_of_experts_starts_only_those_afresh(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from dataclasses import replace
+
+    config = preset("tiny")
+    wider = replace(config, backbone=replace(config.backbone, num_experts=6))
+    model = OmniMRI.load(checkpoint, config=wider)
+    assert model.backbone.model.layers[0].mlp.experts.gate_up_proj.shape[0] == 6
+    kept = OmniMRI.load(checkpoint)
+    assert torch.equal(
+        model.backbone.model.layers[0].self_attn.q_proj.weight, kept.backbone.model.layers[0].self_attn.q_proj.weight
+    )
+
+
+def test_reconstruction_explains_the_measurement(engine: Engine, scan: Scan) -> None:
+    prompt = engine.encode(scan, "Reconstruct the image.", "reconstruct")
+    result = engine.reconstruct(scan, prompt, num_steps=2)
+    assert result.image.shape == scan.image.shape
+    assert result.image.dtype == np.complex64
+    assert 0 < result.residual < 1
+    assert result.uncertainty is None
+
+
+def test_samples_give_an_uncertainty_map_and_a_seed_repeats_it(engine: Engine, scan: Scan) -> None:
+    prompt = engine.encode(scan, "Reconstruct the image.", "reconstruct")
+    first, second = (engine.reconstruct(scan, prompt, num_steps=2, num_samples=2, seed=3) for _ in range(2))
+    assert first.uncertainty.shape == scan.image.shape
+    assert float(first.uncertainty.max()) > 0
+    np.testing.assert_array_equal(first.image, second.image)
+
+
+def test_masks_come_back_on_the_native_grid(engine: Engine, scan: Scan) -> None:
+    prompts = {name: engine.encode(scan, f"Segment the {name}.", "segment") for name in ("grey matter", "lesion")}
+    result = engine.segment(scan, prompts)
+    assert set(result.masks) == {"grey matter", "lesion"}
+    assert all(mask.shape == scan.image.shape and mask.dtype == bool for mask in result.masks.values())
+
+
+def test_replicas_that_hold_only_their_parts_give_the_same_answers(checkpoint: Path, engine: Engine, scan: Scan) -> None:
+    """What crosses is arrays: an encoder replica's prompt, decoded by a text and an image replica."""
+    encoder = Engine.load(checkpoint, parts=("encoder",))
+    text, image = Engine.load(checkpoint, parts=("text",)), Engine.load(checkpoint, parts=("image",))
+    assert not hasattr(text.model, "vision")
+    prompt = encoder.encode(scan, "Report this MRI.", "report")
+    assert text.generate_text(prompt, max_new_tokens=8) == engine.generate_text(prompt, max_new_tokens=8)
+    prompt = encoder.encode(scan, "Reconstruct the image.", "reconstruct")
+    np.testing.assert_array_equal(
+        image.reconstruct(scan, prompt, num_steps=1).image, engine.reconstruct(scan, prompt, num_steps=1).image
+    )
+
+
+def test_prompt_embeddings_decode_as_token_ids_do(engine: Engine, scan: Scan) -> None:
+    """Greedy text from the embeddings of plain tokens equals transformers' own from the ids."""
+    ids = torch.tensor([engine.tokenizer.encode("Most likely diagnosis: old")])
+    embeds = engine.model.backbone.get_input_embeddings()(ids)[0].detach().numpy()
+    prompt = engine.encode(scan, "Report this MRI.", "report")
+    from dataclasses import replace
+
+    ours = engine.generate_text(replace(prompt, embeds=embeds), max_new_tokens=6).token_ids
+    theirs = engine.model.backbone.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :].tolist()
+    end = engine.tokenizer.eos_token_id
+    assert ours == [t for t in theirs if t != end][: len(ours)]
+
+
+def test_streamed_pieces_make_the_whole_answer(engine: Engine, scan: Scan) -> None:
+    prompt = engine.encode(scan, "Report this MRI.", "report")
+    whole = engine.generate_text(prompt, max_new_tokens=12, temperature=1.5, seed=4)
+    streamed = "".join(engine.stream_text(prompt, max_new_tokens=12, temperature=1.5, seed=4))
+    assert whole.readable.startswith(streamed.strip()[:1])
+    assert streamed.strip() in whole.readable
+
+
+def test_choice_probabilities_sum_to_one_and_do_not_depend_on_order(engine: Engine, scan: Scan) -> None:
+    prompt = engine.encode(scan, "What is the most likely diagnosis?", "diagnose")
+    choices = diagnosis_choices()
+    forward, backward = engine.score_choices(prompt, choices), engine.score_choices(prompt, choices[::-1])
+    assert forward.sum() == pytest.approx(1.0)
+    np.testing.assert_allclose(forward, backward[::-1], rtol=1e-4)
+
+
+def test_input_unlike_the_training_domain_is_warned_about(engine: Engine, scan: Scan) -> None:
+    knee = Scan(image=scan.image, affine=scan.affine, facts={"contrast": None, "body_part": "knee"})
+    warnings = engine.encode(knee, "Report this MRI.", "report").warnings
+    assert any("Contrast unknown" in w for w in warnings)
+    assert any("knee" in w for w in warnings)
+    assert engine.encode(scan, "Report this MRI.", "report").warnings == ()
+
+
+def test_reconstruction_without_kspace_says_what_is_needed(engine: Engine, scan: Scan) -> None:
+    prompt = engine.encode(scan, "Reconstruct the image.", "reconstruct")
+    with pytest.raises(ValueError, match="no k-space"):
+        engine.reconstruct(Scan(image=scan.image, affine=scan.affine), prompt)
+    with pytest.raises(ValueError, match="expected a prompt of that task"):
+        engine.segment(scan, {"lesion": prompt})

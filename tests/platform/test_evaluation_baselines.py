@@ -1,0 +1,95 @@
+"""Baselines: what each sees, and that they do what their names say."""
+
+import numpy as np
+import pytest
+import torch
+
+from omnimri.models import metrics, physics
+from omnimri.models.scan import Scan
+from omnimri.platform.evaluation import baselines
+from omnimri.platform.evaluation.baselines import SenseSetting
+from omnimri.platform.evaluation.config import EvaluateConfig
+from tests.platform.evaluation_fakes import phantom_affine, phantom_row
+
+
+@pytest.fixture
+def scan() -> Scan:
+    row = phantom_row(1, split="test", patient=1)
+    return Scan(image=row["image"], affine=phantom_affine(), kspace=row["kspace"])
+
+
+def _mask(scan: Scan, row_id: str = "a", seed: int = 0) -> np.ndarray:
+    return baselines.case_mask(
+        scan, row_id, acceleration=3, center_fraction=0.15, kind="equispaced", seed=seed
+    )  # fmt: skip
+
+
+def test_the_target_is_the_root_sum_of_squares_of_all_lines(scan: Scan) -> None:
+    np.testing.assert_allclose(baselines.reference_magnitude(scan), scan.image, rtol=1e-5, atol=1e-6)
+
+
+def test_a_mask_belongs_to_its_row_and_seed(scan: Scan) -> None:
+    masks = [_mask(scan, f"row-{index}") for index in range(8)]
+    np.testing.assert_array_equal(masks[3], _mask(scan, "row-3"))
+    assert len({mask.tobytes() for mask in masks}) > 1
+
+
+def test_an_acquisition_knows_nothing_of_the_other_lines(scan: Scan) -> None:
+    mask = _mask(scan)
+    altered = scan.kspace.copy()
+    altered[..., ~mask] += 100
+    other = Scan(image=scan.image, affine=scan.affine, kspace=altered)
+    first, second = baselines.acquire(scan, mask), baselines.acquire(other, mask)
+    torch.testing.assert_close(first.operator.sens_maps, second.operator.sens_maps)
+    np.testing.assert_array_equal(first.scan.image, second.scan.image)
+    assert not first.scan.kspace[..., ~mask].any()
+
+
+def test_cg_sense_beats_zero_filled_and_agrees_with_the_data(scan: Scan) -> None:
+    target, acquisition = baselines.reference_magnitude(scan), baselines.acquire(scan, _mask(scan))
+    zero_filled, sense = baselines.zero_filled(acquisition), baselines.cg_sense(acquisition, SenseSetting(0.005, 10))
+    assert metrics.psnr(target, sense.abs().numpy()) > metrics.psnr(target, zero_filled.abs().numpy()) + 1
+    residuals = [
+        physics.relative_residual(image, acquisition.kspace, acquisition.operator).mean()
+        for image in (sense, zero_filled)
+    ]
+    assert residuals[0] < residuals[1]
+
+
+def test_the_grid_is_scored_whole_and_the_best_mean_wins(scan: Scan) -> None:
+    grid = baselines.grid_psnr(scan, _mask(scan), (0.001, 10.0), (2, 8))
+    assert set(grid) == {SenseSetting(w, n) for w in (0.001, 10.0) for n in (2, 8)}
+    assert baselines.best_setting([grid]).weight == 0.001
+    first, second = SenseSetting(0.1, 1), SenseSetting(0.2, 1)
+    assert baselines.best_setting([{first: 30.0, second: 29.0}, {first: 20.0, second: 25.0}]) == second
+    assert baselines.best_setting([]) == SenseSetting()
+
+
+def test_central_slices_stay_where_they_are_in_space(scan: Scan) -> None:
+    part = baselines.central_slices(scan, 3)
+    assert part.image.shape[0] == part.kspace.shape[0] == 3
+    np.testing.assert_array_equal(part.image, scan.image[2:5])
+    np.testing.assert_allclose(part.affine @ [1, 2, 0, 1], scan.affine @ [1, 2, 2, 1])
+    assert baselines.central_slices(scan, None) is scan
+
+
+def test_a_blank_scan_keeps_header_and_geometry_only(scan: Scan) -> None:
+    blank = baselines.blank_scan(scan)
+    assert np.ptp(blank.image) == 0
+    assert blank.kspace is None
+    np.testing.assert_array_equal(blank.affine, scan.affine)
+
+
+def test_class_frequencies_count_patients() -> None:
+    frequencies = baselines.class_frequencies({"a": ["normal"], "b": ["normal"], "c": ["haemorrhage"]})
+    np.testing.assert_allclose(frequencies, [2 / 3, 0, 0, 0, 1 / 3])
+    np.testing.assert_allclose(baselines.class_frequencies({}), np.full(5, 0.2))
+
+
+def test_the_baseline_may_not_be_tuned_on_the_scored_split() -> None:
+    with pytest.raises(ValueError, match="may not be tuned on the scored split"):
+        EvaluateConfig(split="val")
+    with pytest.raises(ValueError, match="accelerations"):
+        EvaluateConfig(accelerations=(4,))
+    with pytest.raises(ValueError, match="known: reconstruct"):
+        EvaluateConfig(tasks=("classify",))

@@ -1,0 +1,146 @@
+"""The whole evaluation on phantoms, with an engine that knows the truth and one that is wrong about everything."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from omnimri.platform.data.shards import Shards
+from omnimri.platform.evaluation.baselines import SenseSetting
+from omnimri.platform.evaluation.cases import BLANK, MODEL, CaseContext, CaseResult
+from omnimri.platform.evaluation.config import EvaluateConfig
+from omnimri.platform.evaluation.evaluate import evaluate, log_evaluation, plan, spread_over_patients
+from omnimri.platform.evaluation.workers import RUNNERS
+from omnimri.platform.tracking import Tracker, connect
+from tests.platform.evaluation_fakes import KnowingLoader, phantom_row, write_phantoms
+
+CONFIG = EvaluateConfig(
+    accelerations=(3,), center_fractions=(0.15,), max_slices=4, bootstrap_samples=100, tuning_volumes=1,
+    cg_weights=(0.005, 0.05), cg_steps=(5,), cases_per_task=2,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict[str, Any]]:
+    """Four patients of two volumes each, the last two for the test; one volume came without k-space."""
+    splits = ("train", "val", "test", "test")
+    return [phantom_row(i, split=splits[i // 2], patient=i // 2, kspace=i != 7) for i in range(8)]
+
+
+@pytest.fixture(scope="module")
+def shards(rows: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shards]:
+    return write_phantoms(tmp_path_factory.mktemp("phantoms") / "data", rows)
+
+
+@pytest.mark.slow
+def test_a_model_that_knows_the_truth_scores_perfectly(
+    rows: list[dict[str, Any]], shards: Shards, tmp_path: Path, ray_cluster: None
+) -> None:
+    summary = evaluate(Path("model"), shards, tmp_path, CONFIG, command="x", engine_loader=KnowingLoader(rows))
+    tasks = summary.tasks
+    assert tasks["reconstruct"]["3x"][MODEL]["psnr"].value > 50
+    assert tasks["reconstruct"]["3x"][MODEL]["psnr"].n == 3
+    assert tasks["segment"]["volume"][MODEL]["dice_tissues"].value == 1.0
+    assert tasks["segment"]["volume"][MODEL]["dice_lesion"].n == 2
+    assert tasks["segment"]["volume"][MODEL]["lesion_false_alarm"].value == 0.0
+    assert tasks["detect"]["iou_0.1"][MODEL]["sensitivity"].value == 1.0
+    assert tasks["detect"]["iou_0.1"][BLANK]["sensitivity"].value == 0.0
+    assert tasks["diagnose"]["patient"][MODEL]["balanced_accuracy"].value == 1.0
+    assert tasks["diagnose"]["patient"]["majority_class"]["balanced_accuracy"].value == 0.5
+    assert tasks["report"]["volume"][MODEL]["hallucination_rate"].value == 0.0
+    assert tasks["report"]["volume"][BLANK]["omission_rate"].value == 1.0
+    assert any("central 4 slices" in note for note in summary.notes)
+    assert any("the best of 2 settings on split 'val'" in note for note in summary.notes)
+
+    written = json.loads((tmp_path / "summary.json").read_text())
+    assert written["header"]["model_version"] == "fake-1"
+    assert written["header"]["num_patients"] == 2
+    assert written["header"]["data_digest"] == shards.digest
+    html = (tmp_path / "index.html").read_text()
+    assert "Research use only, not for diagnosis." in html
+    assert "http://" not in html
+    assert "https://" not in html
+    assert html.count("data:image/png;base64,") >= 10
+    assert (tmp_path / "figures" / "reconstruct_3x.png").stat().st_size > 1000
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    with Tracker.start(uri, "evaluate", params=CONFIG) as tracker:
+        log_evaluation(tracker, summary, tmp_path, source="phantoms")
+    assert tracker.run.data.metrics["segment/volume/omnimri/dice_tissues"] == 1.0
+    names = {entry.path for entry in connect(uri).list_artifacts(tracker.run_id)}
+    assert {"index.html", "summary.json", "figures"} <= names
+
+    lines = [json.loads(line) for line in (tmp_path / "cases.jsonl").read_text().splitlines()]
+    assert {line["task"] for line in lines} == set(CONFIG.tasks)
+
+
+def _case(row: dict[str, Any], task: str, *, garbled: bool = True) -> CaseResult:
+    context = CaseContext(
+        engine=KnowingLoader([row], garbled)(Path()), config=CONFIG, sense_settings={3: SenseSetting()},
+        frequencies=np.full(5, 0.2),
+    )  # fmt: skip
+    return RUNNERS[task](context, row | {"label_names": dict(row["label_names"])})
+
+
+def _values(result: CaseResult, method: str = MODEL) -> dict[str, Any]:
+    (record,) = [record for record in result.records if record.method == method]
+    return record.values
+
+
+def test_a_model_that_returns_its_input_reconstructs_like_zero_filled() -> None:
+    result = _case(phantom_row(1, split="test", patient=1), "reconstruct")
+    assert _values(result)["psnr"] == pytest.approx(_values(result, "zero_filled_rss")["psnr"])
+    assert _values(result)["psnr"] < _values(result, "cg_sense")["psnr"]
+    assert _values(result, "cg_sense")["residual"] < _values(result, "zero_filled")["residual"]
+
+
+def test_an_unreadable_box_answer_is_counted_and_finds_nothing() -> None:
+    values = _values(_case(phantom_row(1, split="test", patient=1), "detect"))
+    assert values["parsed"] == 0.0
+    assert (values["matched"], values["num_reference"], values["side_correct"]) == (0, 1, 0.0)
+
+
+def test_an_invented_finding_counts_as_hallucination_and_omission() -> None:
+    values = _values(_case(phantom_row(1, split="test", patient=1), "report"))
+    assert (values["supported_findings"], values["predicted_findings"], values["reference_findings"]) == (0, 1, 1)
+    assert values["labeller_agrees"] == 1.0
+
+
+def test_empty_masks_score_zero_where_there_is_tissue_and_nothing_where_there_is_no_lesion() -> None:
+    healthy = _values(_case(phantom_row(0, split="test", patient=0), "segment"))
+    assert healthy["dice_tissues"] == 0.0
+    assert np.isnan(healthy["dice_lesion"])
+    assert healthy["lesion_false_alarm"] == 0.0
+
+
+def test_a_lesion_on_the_patients_left_is_shown_at_the_viewers_right() -> None:
+    picture = _case(phantom_row(1, split="test", patient=1), "detect", garbled=False).picture
+    ((top, left, bottom, right),) = picture["reference_rectangles"]
+    width = picture["image"].shape[1]
+    assert list(picture["letters"]) == ["R", "L", "A", "P"]
+    assert left > width / 2
+    assert (bottom - top, right - left) == (6, 5)
+    np.testing.assert_array_equal(picture["reference_rectangles"], picture["predicted_rectangles"])
+
+
+def test_an_acquisition_without_all_lines_has_no_target() -> None:
+    row = phantom_row(1, split="test", patient=1)
+    row["mask"] = np.arange(40) % 2 == 0
+    assert "no fully sampled reference" in _case(row, "reconstruct").skipped
+
+
+def test_limits_are_spread_over_patients_and_reported(shards: Shards) -> None:
+    chosen = spread_over_patients(shards.select(split="test").rows, 2)
+    assert len({ref.patient_id for ref in chosen}) == 2
+    units, notes = plan(shards, EvaluateConfig(max_volumes=1, tasks=("segment",)))
+    assert len(units) == 1
+    assert notes == ["segment: 1 of 4 volumes scored (max_volumes, max_image_volumes)."]
+    limited = EvaluateConfig(max_volumes=3, max_image_volumes=2)
+    assert (limited.volume_limit("segment"), limited.volume_limit("report")) == (2, 3)
+
+
+def test_a_split_without_rows_is_refused(shards: Shards, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no row of split 'nowhere'"):
+        evaluate(Path("model"), shards, tmp_path, EvaluateConfig(split="nowhere"), engine_loader=KnowingLoader([]))

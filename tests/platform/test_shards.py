@@ -1,0 +1,110 @@
+"""Reading shards: columns, selection, several corpora, threads, and no files left open."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from omnimri.models.scan import Scan
+from omnimri.platform.data.annotations import Annotation
+from omnimri.platform.data.readers import WorkItem, read_path
+from omnimri.platform.data.records import ReadLimits
+from omnimri.platform.data.schema import SCHEMA, SCHEMA_VERSION
+from omnimri.platform.data.shards import Shards, load_row, row_to_scan
+from omnimri.platform.data.writer import PlannedItem, write_shard
+from tests.platform.intake_fakes import coil_kspace, random_image, save_fastmri, save_nifti
+
+SHAPE = (4, 6, 5)
+
+
+def _corpus(folder: Path, seeds: range, split: str = "train") -> Path:
+    """A corpus of one NIfTI volume for each seed and one raw data file, written without Ray."""
+    (folder / "shards").mkdir(parents=True)
+    planned = []
+    for seed in seeds:
+        save_nifti(folder / "in" / f"{seed}.nii", random_image(seed, SHAPE), np.eye(4))
+        planned.append(_planned(folder / "in", f"{seed}.nii", "nifti", split))
+    save_fastmri(folder / "in" / "raw.h5", coil_kspace(random_image(seeds[0] + 1000, SHAPE)))
+    planned.append(_planned(folder / "in", "raw.h5", "fastmri", split))
+    report = write_shard(planned, folder / "shards" / "shard-00000.parquet", ReadLimits(), compression_level=1)
+    assert report.rejects == []
+    (folder / "manifest.json").write_text(json.dumps({"schema_version": SCHEMA_VERSION, "rows": report.rows}))
+    return folder
+
+
+def _planned(folder: Path, name: str, kind: str, split: str) -> PlannedItem:
+    item = WorkItem(kind=kind, container=str(folder), names=(name,), source=name, num_bytes=0)
+    return PlannedItem(
+        item=item, dataset="set", licence=None, simulated=False, split=split,
+        patient_id="p", study_id="s", series_id=name,
+        annotation=Annotation(classes=[]),
+    )  # fmt: skip
+
+
+def test_a_row_read_back_is_the_volume_that_was_written(tmp_path: Path) -> None:
+    shards = Shards.open(_corpus(tmp_path / "a", range(3)))
+    assert [row.row_group for row in shards.rows] == [0, 1, 2, 3]
+    [record], _ = read_path(tmp_path / "a" / "in" / "1.nii")
+    scan = row_to_scan(load_row(shards.rows[1]))
+    assert isinstance(scan, Scan)
+    np.testing.assert_array_equal(scan.image, record.scan.image)
+    np.testing.assert_array_equal(scan.affine, record.scan.affine)
+    assert scan.facts == record.scan.facts
+    assert scan.kspace is None
+
+
+def test_only_the_columns_asked_for_are_read(tmp_path: Path) -> None:
+    shards = Shards.open(_corpus(tmp_path / "a", range(1)))
+    row = load_row(shards.select(has_kspace=True).rows[0], ["kspace", "contrast", "classes", "boxes"])
+    assert list(row) == ["kspace", "contrast", "classes", "boxes"]
+    assert row["kspace"].dtype == np.complex64
+    assert not row["kspace"].flags.writeable
+    assert (row["classes"], row["boxes"]) == ([], None)
+    with pytest.raises(ValueError, match=r"no column speed; known: row_id"):
+        load_row(shards.rows[0], ["speed"])
+
+
+def test_selection_by_value_and_by_several_values(tmp_path: Path) -> None:
+    parts = {"train": range(2), "test": range(2, 4), "val": range(4, 5)}
+    shards = Shards.open([_corpus(tmp_path / split, seeds, split) for split, seeds in parts.items()])
+    assert len(shards) == 8
+    assert len(shards.select(split="test")) == 3
+    assert len(shards.select(split=("test", "val"), has_kspace=True)) == 2
+    with pytest.raises(ValueError, match=r"no field colour; known: row_id"):
+        shards.select(colour="red")
+
+
+def test_digest_names_the_content_and_not_the_order(tmp_path: Path) -> None:
+    a, b = _corpus(tmp_path / "a", range(2)), _corpus(tmp_path / "b", range(2, 4))
+    assert Shards.open([a, b]).digest == Shards.open([b, a]).digest
+    assert Shards.open(a).digest != Shards.open(b).digest
+    moved = _corpus(tmp_path / "c", range(2), split="test")
+    assert Shards.open(moved).digest != Shards.open(a).digest
+
+
+def test_many_threads_read_and_leave_no_file_open(tmp_path: Path) -> None:
+    shards = Shards.open(_corpus(tmp_path / "a", range(4)))
+    expected = [load_row(ref)["image"].copy() for ref in shards.rows]
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    with ThreadPoolExecutor(8) as pool:
+        images = list(pool.map(lambda n: load_row(shards.rows[n % 5], ["image"])["image"], range(100)))
+    for number, image in enumerate(images):
+        np.testing.assert_array_equal(image, expected[number % 5])
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before
+
+
+def test_what_is_no_corpus_or_of_another_schema_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"holds no manifest\.json"):
+        Shards.open(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"schema_version": 0, "rows": []}')
+    with pytest.raises(ValueError, match=f"row schema 0, this program reads {SCHEMA_VERSION}"):
+        Shards.open(tmp_path)
+
+
+def test_rows_hold_every_column_of_the_schema(tmp_path: Path) -> None:
+    shards = Shards.open(_corpus(tmp_path / "a", range(1)))
+    assert list(load_row(shards.rows[0])) == SCHEMA.names
