@@ -189,6 +189,11 @@ def _find(uri: str, name: str, alias: str | None, version: str | None) -> ModelV
         ) from error
 
 
+def has_alias(uri: str, name: str, alias: str) -> bool:
+    """Whether a registered model has a version of that alias."""
+    return _find_alias(uri, name, alias) is not None
+
+
 def _find_alias(uri: str, name: str, alias: str) -> ModelVersion | None:
     try:
         return connect(uri).get_model_version_by_alias(name, alias)

@@ -107,8 +107,10 @@ class TextConfig(ReplicaConfig):
     """Number type of vLLM's weights: auto, bfloat16, float16, float32."""
     vllm_max_model_len: int | None = None
     """Longest sequence vLLM plans memory for, in tokens; None takes the model's own limit."""
-    vllm_memory_gib: float | None = None
+    vllm_cpu_cache_gib: int | None = None
     """Memory for vLLM's key-value cache on a CPU, in GiB; None leaves vLLM's own default."""
+    vllm_eager: bool = False
+    """Start faster and decode slower: no compilation."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import os
-import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +20,7 @@ from ray import serve
 from ray.serve import metrics
 
 from omnimri.serve.config import EncoderConfig, ImageConfig, ReplicaConfig, TextConfig
+from omnimri.serve.text_backends import EngineBackend, TextBackend, VllmBackend
 
 if TYPE_CHECKING:
     from omnimri.models.engine import Engine, Prompt
@@ -45,22 +45,18 @@ def load_engine(folder: str, parts: tuple[str, ...]) -> Engine:
 
 
 class ModelReplica:
-    """One replica of a model deployment: its engine, its thread, its metrics."""
+    """One replica of a model deployment: its thread and its metrics; sub-classes load their parts."""
 
     PARTS: tuple[str, ...] = ()
-    NAME = ""
 
-    def __init__(self, load: EngineLoader, config: ReplicaConfig) -> None:
+    def __init__(self, config: ReplicaConfig) -> None:
         torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
-        started = time.perf_counter()
-        self.engine = load(self.PARTS)
-        self.load_seconds = time.perf_counter() - started
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=self.NAME)
+        self._thread = ThreadPoolExecutor(max_workers=1)
         self._seconds = metrics.Histogram(
             "omnimri_model_seconds",
             description="Seconds of model work per call, waiting excluded.",
             boundaries=SECONDS_BUCKETS,
-            tag_keys=("stage", "method"),
+            tag_keys=("method",),
         )
 
     async def run(self, method: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
@@ -71,12 +67,9 @@ class ModelReplica:
     def _timed(self, method: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
         started = time.perf_counter()
         result = method(*args, **kwargs)
-        self.observe(method.__name__, time.perf_counter() - started)
+        # Serve itself tags its metrics with deployment and replica.
+        self._seconds.observe(time.perf_counter() - started, tags={"method": method.__name__})
         return result
-
-    def observe(self, method: str, seconds: float) -> None:
-        """Record the seconds of one call."""
-        self._seconds.observe(seconds, tags={"stage": self.NAME, "method": method})
 
     def check_health(self) -> None:
         """Serve replaces a replica whose GPU has been lost; CPU replicas are healthy while they answer."""
@@ -89,7 +82,10 @@ class Encoder(ModelReplica):
     """Vision encoder, alignment and tokenizer; the backbone runs here only to make image queries."""
 
     PARTS = ("encoder",)
-    NAME = "encoder"
+
+    def __init__(self, load: EngineLoader, config: EncoderConfig) -> None:
+        super().__init__(config)
+        self.engine = load(self.PARTS)
 
     async def encode(self, scan: Scan, instruction: str, task: str) -> Prompt:
         """The prompt of one instruction about one scan."""
@@ -105,15 +101,13 @@ class Text(ModelReplica):
     """Text decoding with the engine's own `generate`, or with vLLM."""
 
     PARTS = ("text",)
-    NAME = "text"
 
     def __init__(self, load: EngineLoader, config: TextConfig, model: str) -> None:
-        super().__init__(load, config)
-        self.vllm = None
-        if config.backend == "vllm":
-            from omnimri.serve.vllm_backend import VllmBackend  # vLLM is an extra.
-
-            self.vllm = VllmBackend(model, config)
+        super().__init__(config)
+        if config.backend == "vllm":  # Holds weights of its own, so the engine is not loaded.
+            self.backend: TextBackend = VllmBackend(model, config)
+        else:
+            self.backend = EngineBackend(load(self.PARTS), self.run)
 
     async def answer(self, prompt: Prompt, *, choices: Sequence[str] = (), **sampling: Any) -> dict[str, Any]:
         """Text with its mean token log-probability and, for `choices`, their probabilities.
@@ -123,45 +117,22 @@ class Text(ModelReplica):
             choices: Closed answers to score.
             sampling: `max_new_tokens`, `temperature`, `seed`.
         """
-        if self.vllm is not None:
-            text, logprob = await self.vllm.generate(prompt, **sampling)
-        else:
-            result = await self.run(self.engine.generate_text, prompt, **sampling)
-            text, logprob = result.text, result.logprob
-        scores = (await self.run(self.engine.score_choices, prompt, list(choices))).tolist() if choices else []
-        return {"text": text, "logprob": float(logprob), "scores": scores, "warnings": list(prompt.warnings)}
+        text, logprob = await self.backend.generate(prompt, **sampling)
+        scores = await self.backend.score(prompt, list(choices)) if choices else []
+        return {"text": text, "logprob": logprob, "scores": scores, "warnings": list(prompt.warnings)}
 
     async def stream(self, prompt: Prompt, **sampling: Any) -> AsyncIterator[str | dict[str, Any]]:
         """Pieces of text as they come, then one dictionary like that of `answer`, with the whole text."""
-        source = self.vllm.stream(prompt, **sampling) if self.vllm else self._stream_engine(prompt, **sampling)
         pieces: list[str] = []
-        async for piece in source:
+        async for piece in self.backend.stream(prompt, **sampling):
             pieces.append(piece)
             yield piece
         yield {"text": "".join(pieces), "logprob": None, "scores": [], "warnings": list(prompt.warnings)}
 
-    async def _stream_engine(self, prompt: Prompt, **sampling: Any) -> AsyncIterator[str]:
-        """The engine's blocking iterator, moved to the model thread; stops when the caller goes away."""
-        loop, queue, gone = asyncio.get_running_loop(), asyncio.Queue[str | None](), threading.Event()
-
-        def produce() -> None:
-            started = time.perf_counter()
-            try:
-                for piece in self.engine.stream_text(prompt, **sampling):
-                    if gone.is_set():
-                        break
-                    loop.call_soon_threadsafe(queue.put_nowait, piece)
-            finally:
-                loop.call_soon_threadsafe(queue.put_nowait, None)
-                self.observe("stream_text", time.perf_counter() - started)
-
-        producing = loop.run_in_executor(self._thread, produce)
-        try:
-            while (piece := await queue.get()) is not None:
-                yield piece
-            await producing
-        finally:
-            gone.set()
+    async def check_health(self) -> None:
+        """Also asks the backend."""
+        super().check_health()
+        await self.backend.check_health()
 
 
 @serve.deployment(name="image", **ImageConfig().options())
@@ -169,7 +140,10 @@ class Image(ModelReplica):
     """Diffusion decoding: reconstruction with data consistency, and segmentation."""
 
     PARTS = ("image",)
-    NAME = "image"
+
+    def __init__(self, load: EngineLoader, config: ImageConfig) -> None:
+        super().__init__(config)
+        self.engine = load(self.PARTS)
 
     async def reconstruct(self, scan: Scan, prompt: Prompt, **options: Any) -> dict[str, Any]:
         """Magnitude and uncertainty `(Z, Y, X)` float32, and the residual against the measured k-space.

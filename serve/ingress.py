@@ -137,6 +137,8 @@ class Ingress:
             prompt = self._prompt(intake.scan, instruction, task)
             choices = diagnosis_choices() if task == "diagnose" else []
             result = await self._result(self.text.answer.remote(prompt, choices=choices, **_sampling(form)), "text")
+            if choices and not result["scores"]:
+                result["warnings"].append("Probabilities need text.backend=transformers, so only the text is given.")
             return await asyncio.to_thread(text_draft, task, intake, instruction, result, self.contract.preprocess)
 
         return await self._answer(task, "text", work)

@@ -92,7 +92,14 @@ def _with_shells(grey: np.ndarray, white: np.ndarray, brain: np.ndarray) -> np.n
     inside = brain >= 0.5
     subarachnoid = shell(0.0, 3.0)
     fluid = np.where(inside, np.clip(1 - grey - white, 0, 1), subarachnoid)
-    classes = [fluid, grey * inside, white * inside, shell(3.0, 5.0) + shell(8.0, 9.5), shell(5.0, 8.0), shell(9.5, 15.0)]
+    classes = [
+        fluid,
+        grey * inside,
+        white * inside,
+        shell(3.0, 5.0) + shell(8.0, 9.5),
+        shell(5.0, 8.0),
+        shell(9.5, 15.0),
+    ]
     tissues = np.stack(classes).astype(np.float32)
     return tissues / np.maximum(1.0, tissues.sum(0))
 
@@ -112,8 +119,8 @@ def draw_head(template: Template, rng: np.random.Generator, age_years: float) ->
 
 
 def _smooth_field(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """Displacement in voxels `(3, X, Y, Z)`: random at 6 nodes an axis, cubic in between, standard deviation 1.4 mm."""
-    coarse = rng.normal(0, 0.7, (3, 6, 6, 6)).astype(np.float32)
+    """Displacement in voxels `(3, X, Y, Z)`: random at 6 nodes an axis, cubic in between, standard deviation 2.6 mm there."""
+    coarse = rng.normal(0, 1.3, (3, 6, 6, 6)).astype(np.float32)
     factors = [size / 6 for size in shape]
     return np.stack([ndimage.zoom(field, factors, order=3, mode="nearest", grid_mode=True) for field in coarse])
 

@@ -130,9 +130,7 @@ def write_report(
         conclusion = f"{impression} of the {place}"
     others = [name for name in ("haemorrhage", "oedematous mass", "old infarct") if name != finding]
     absent = "No " + ", no ".join(_ABSENT[name] for name in others) + "."
-    return (
-        f"{technique} Findings: {body} {absent} Impression: {conclusion}. Recommendation: {_ADVICE[finding]}."
-    )
+    return f"{technique} Findings: {body} {absent} Impression: {conclusion}. Recommendation: {_ADVICE[finding]}."
 
 
 def describe(

@@ -45,7 +45,7 @@ def draw_lesions(head: Head, diagnosis: str, rng: np.random.Generator) -> Lesion
 def _infarct(head: Head, rng: np.random.Generator) -> dict[str, np.ndarray]:
     """A cortical wedge: fluid-filled cavity with a gliotic rim, 20 to 45 mm."""
     centre = _place(head, rng, tissue=1, low_mm=(12, -85, -5), high_mm=(58, 45, 55))
-    whole = _blob(head, centre, rng.uniform(10, 20, 3), rng, roughness=0.35) * head.brain
+    whole = _connected(_blob(head, centre, rng.uniform(10, 20, 3), rng, roughness=0.35) * head.brain, head, centre)
     cavity = ndimage.binary_erosion(whole > 0.5, iterations=2).astype(np.float32)
     if cavity.sum() < 20:
         cavity = ndimage.binary_erosion(whole > 0.5).astype(np.float32)
@@ -66,15 +66,25 @@ def _mass(head: Head, rng: np.random.Generator) -> dict[str, np.ndarray]:
     centre = _place(head, rng, tissue=2, low_mm=(18, -70, 0), high_mm=(45, 45, 50))
     mass = _blob(head, centre, rng.uniform(8, 15, 3), rng, roughness=0.2) * head.brain
     halo = _blob(head, centre, rng.uniform(17, 25, 3), rng, roughness=0.4) * (head.tissues[2] > 0.35)
-    return {"mass": mass, "oedema": np.clip(halo - mass, 0, 1)}
+    whole = _connected(np.maximum(mass, halo), head, centre)
+    return {"mass": mass * whole, "oedema": whole * (1 - mass)}
 
 
 def _haemorrhage(head: Head, rng: np.random.Generator) -> dict[str, np.ndarray]:
     """A deep bleed of 12 to 30 mm: core with short T1, dark rim."""
     centre = _place(head, rng, tissue=None, low_mm=(16, -25, -5), high_mm=(36, 15, 22))
-    whole = _blob(head, centre, rng.uniform(7, 14, 3), rng, roughness=0.15) * head.brain
+    whole = _connected(_blob(head, centre, rng.uniform(7, 14, 3), rng, roughness=0.15) * head.brain, head, centre)
     core = ndimage.binary_erosion(whole > 0.5).astype(np.float32)
     return {"blood core": core, "blood rim": whole - core}
+
+
+def _connected(lesion: np.ndarray, head: Head, centre: np.ndarray) -> np.ndarray:
+    """The part of a lesion that hangs together with its centre and stays in its hemisphere."""
+    same_side = head.mni_mm[0] * head.mni_mm[0][tuple(centre)] > 0
+    components, _ = ndimage.label(ndimage.binary_opening(lesion * same_side > 0.5))
+    values = components[tuple(slice(max(c - 3, 0), c + 4) for c in centre)]
+    nearest = np.bincount(values[values > 0], minlength=1).argmax() if (values > 0).any() else 1
+    return (components == nearest).astype(np.float32)
 
 
 def _place(

@@ -51,10 +51,10 @@ TISSUES: dict[float, dict[str, Relaxation]] = {
 
 # By part of a lesion; the same at both field strengths within what the corpus claims to show.
 LESIONS: dict[str, Relaxation] = {
-    "cavity": Relaxation(3800, 1400, 1.0),
+    "cavity": Relaxation(4000, 1400, 1.0),
     "gliosis": Relaxation(1600, 190, 0.88),
     "plaque": Relaxation(1650, 170, 0.88),
-    "mass": Relaxation(1750, 125, 0.86),
+    "mass": Relaxation(1750, 135, 0.86),
     "oedema": Relaxation(1500, 160, 0.86),
     "blood core": Relaxation(290, 38, 0.80),
     "blood rim": Relaxation(700, 16, 0.70),

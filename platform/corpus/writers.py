@@ -5,13 +5,12 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
-import ismrmrd
-import ismrmrd.hdf5
 import nibabel as nib
 import numpy as np
 from pydicom.dataset import Dataset, FileMetaDataset
@@ -19,6 +18,10 @@ from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
 
 from omnimri.platform.corpus.acquisition import Acquisition, Grid
 from omnimri.platform.corpus.signal import Protocol
+
+with warnings.catch_warnings():  # importing ismrmrd resets the warning filters of the process
+    import ismrmrd
+    import ismrmrd.hdf5
 
 LPS = np.array([-1.0, -1.0, 1.0])
 OVERSAMPLING = 2
@@ -241,7 +244,7 @@ def _header_xml(series: Series, *, oversampling: int) -> str:
     )
     header = schema.ismrmrdHeader(
         subjectInformation=schema.subjectInformationType(patientID=series.participant_id, patientGender=series.sex),
-        studyInformation=schema.studyInformationType(studyInstanceUID=series.uid("study")),
+        studyInformation=schema.studyInformationType(studyInstanceUID=series.uid("study"), bodyPartExamined="BRAIN"),
         measurementInformation=schema.measurementInformationType(
             measurementID=str(series.number), patientPosition=schema.patientPositionType.HFS,
             protocolName=protocol.name, seriesDescription=protocol.name,

@@ -151,7 +151,10 @@ def _made_by_ray(wanted: Wanted, maker: SampleMaker, config: StreamConfig) -> It
 
 def _segment_by_ray(wanted: Wanted, maker: SampleMaker, config: StreamConfig) -> Iterator[list[dict[str, Any]]]:
     """Run one execution of Ray Data over the slots; its output keeps their order."""
-    import ray
+    import ray.data
+
+    # One execution per stage, whose every step the log of the loop tells; Ray Data sets its level when imported.
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
 
     def make_slot(row: dict[str, Any]) -> dict[str, Any]:
         source, indices = wanted[row["item"]]

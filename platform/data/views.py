@@ -46,9 +46,7 @@ class ViewOptions:
     """Drawn from with equal chance; repeat one to weigh it."""
     absent_share: float = 0.1
     """Share of segmentation samples that ask for a lesion in a volume without one."""
-    text_tasks: Mapping[str, float] = field(
-        default_factory=lambda: {"detect": 0.25, "diagnose": 0.45, "report": 0.3}
-    )
+    text_tasks: Mapping[str, float] = field(default_factory=lambda: {"detect": 0.25, "diagnose": 0.45, "report": 0.3})
     """Chance of each text task where a row has labels for all."""
 
 
@@ -257,7 +255,7 @@ SOURCES: dict[str, Source] = {
     "instruct.reconstruct": Source(
         kind="instruction",
         columns=(*_FACTS, "kspace", "mask"),
-        accepts=lambda ref: ref.has_kspace,
+        accepts=lambda ref: ref.fully_sampled,
         make=reconstruction_sample,
     ),
     "instruct.segment": Source(

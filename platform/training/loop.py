@@ -111,7 +111,6 @@ def worker_process(job: StageJob, session: Session) -> Iterator[None]:
     scaling = job.run.scaling
     former_threads = torch.get_num_threads()
     torch.set_num_threads(scaling.threads_per_worker or max(1, (os.cpu_count() or 1) // session.world_size))
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
     # Read when deepspeed is imported and when an engine starts.
     variables = {"LOCAL_RANK": os.environ.get("LOCAL_RANK", "0")} | (
         {} if scaling.use_gpu else {"DS_ACCELERATOR": "cpu"}

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from omnimri.models.collate import collate
 from omnimri.models.config import OmniMRIConfig
@@ -71,6 +72,7 @@ class OmniMRIKit:
 
     def load_tokenizer(self, folder: Path) -> PreTrainedTokenizerBase:
         """See `Kit`."""
+        disable_progress_bar()  # a bar per part and rank, in a log
         return load_tokenizer(folder)
 
     def create(self, config: OmniMRIConfig, tokenizer: PreTrainedTokenizerBase) -> OmniMRI:

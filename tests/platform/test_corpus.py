@@ -139,7 +139,7 @@ def test_lesions_look_as_expected() -> None:
     for tissues in RELAXATION.values():
         white = {c: signal(tissues["white matter"], p) for c, p in PROTOCOLS.items()}
         look = {name: {c: signal(r, p) / white[c] for c, p in PROTOCOLS.items()} for name, r in LESIONS.items()}
-        assert look["cavity"]["T2w"] > 2 > 0.5 > look["cavity"]["FLAIR"]
+        assert look["cavity"]["T2w"] > 2 > 0.6 > look["cavity"]["FLAIR"]
         for bright in ("gliosis", "plaque", "mass", "oedema"):
             assert look[bright]["FLAIR"] > 1.3
             assert look[bright]["T1w"] < 1
@@ -155,7 +155,7 @@ def test_left_is_not_right(template: Template) -> None:
         shifts = range(-3, 4)
         return min(float(np.abs(image - np.roll(image[::-1], s, axis=0)).mean()) for s in shifts) / float(image.mean())
 
-    assert asymmetry(warped) > asymmetry(symmetric) + 0.1
+    assert asymmetry(warped) > 2 * asymmetry(symmetric)
 
 
 def test_instance_numbers_run_against_position_in_some_series(corpus: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 from pydicom.data import get_testdata_file
 
 from omnimri.jobs import ingest as job
+from omnimri.platform.corpus.corpus import CorpusConfig, write_corpus
 from omnimri.platform.data.deid import KEY_VARIABLE
 from omnimri.platform.data.ingest import IngestConfig, ingest
 from omnimri.platform.data.schema import SCHEMA
@@ -249,3 +250,20 @@ def test_job_fails_when_nothing_could_be_read(tmp_path: Path, capsys: pytest.Cap
 def test_config_refuses_shares_that_do_not_add_up() -> None:
     with pytest.raises(ValueError, match="add up to 1"):
         IngestConfig(split_fractions=(0.5, 0.1, 0.1))
+
+
+@pytest.mark.slow
+def test_the_built_in_corpus_comes_through_whole_in_every_format(tmp_path: Path) -> None:
+    write_corpus(tmp_path / "corpus", CorpusConfig(num_patients=1, seed=3))
+    summary = ingest([tmp_path / "corpus"], tmp_path / "out", IngestConfig())
+    assert (summary.num_volumes, summary.num_rejected) == (4, 0)
+    rows = [load_row(ref) for ref in Shards.open(tmp_path / "out").rows]
+    assert {row["source_format"] for row in rows} == {"dicom", "nifti", "fastmri", "ismrmrd"}
+    assert {row["contrast"] for row in rows} == {"T1w", "T2w", "FLAIR", "PD"}
+    assert all(row["simulated"] and row["report"] and row["classes"] for row in rows)
+    for row in rows[1:]:  # one patient on one grid: a flip or a half voxel in one format would show
+        np.testing.assert_allclose(row["affine"], rows[0]["affine"], atol=1e-3)
+        np.testing.assert_array_equal(row["label_map"], rows[0]["label_map"])
+    for row in rows:
+        head = row["image"] > 0.05 * row["image"].max()
+        assert (head & (row["label_map"] > 0)).sum() > 0.9 * (row["label_map"] > 0).sum()

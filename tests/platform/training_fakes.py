@@ -22,10 +22,18 @@ from omnimri.platform.training.zero import ZeroConfig
 
 
 @dataclass(frozen=True)
+class FakeBackboneConfig:
+    """A setting that a sweep searches; the fake model has no experts."""
+
+    num_experts: int = 4
+
+
+@dataclass(frozen=True)
 class FakeModelConfig:
     """Width of every part."""
 
     dim: int = 8
+    backbone: FakeBackboneConfig = field(default_factory=FakeBackboneConfig)
 
 
 class FakeModel(nn.Module):

@@ -1,6 +1,7 @@
 """Access, artifacts, label maps and pictures, each on its own."""
 
 import asyncio
+import inspect
 import os
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from pydantic import ValidationError
 
 from omnimri.serve.admission import Admission
 from omnimri.serve.answers import label_map, wanted_structures
+from omnimri.serve.app import build_app
 from omnimri.serve.artifacts import ArtifactStore, new_request_id
 from omnimri.serve.config import AppArgs, ImageConfig, TextConfig, is_loopback
 from omnimri.serve.pictures import contact_sheet, radiological
@@ -41,6 +43,11 @@ def test_an_open_address_without_a_token_is_refused(model: str, monkeypatch: pyt
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValidationError, match=r"omnimri\.json"):
         AppArgs(model=str(tmp_path))
+
+
+def test_serve_reads_the_type_of_the_builders_argument() -> None:
+    # As text (from __future__ import annotations) Serve would hand over a plain dict, unchecked.
+    assert inspect.signature(build_app).parameters["args"].annotation is AppArgs
 
 
 def test_loopback_addresses() -> None:
