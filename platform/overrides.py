@@ -86,7 +86,7 @@ def _rebuild(node: Any, hint: Any, changes: Mapping[str, str], key: str) -> Any:
         name: _rebuild(value, value_hint, changes, f"{key}.{name}" if key else name)
         for name, value, value_hint in _children(node, hint)
     }
-    return dataclasses.replace(node, **values) if dataclasses.is_dataclass(node) else {**node, **values}
+    return {**node, **values} if isinstance(node, Mapping) else dataclasses.replace(node, **values)
 
 
 def parse_value(text: str, hint: Any, key: str) -> Any:

@@ -53,7 +53,9 @@ class PipelineResult:
         return Path(self.stages[-1].model_folder)
 
 
-def run_pipeline(sources: Sequence[Path], config: PipelineConfig, tracker: Tracker, command: str = "") -> PipelineResult:
+def run_pipeline(
+    sources: Sequence[Path], config: PipelineConfig, tracker: Tracker, command: str = ""
+) -> PipelineResult:
     """Run or resume every step; what is complete already is not done again.
 
     Args:

@@ -14,6 +14,7 @@ import socket
 from collections.abc import Iterator
 
 from ray import serve
+from ray.exceptions import RayActorError
 from ray.serve.schema import LoggingConfig
 
 from omnimri.platform.errors import ClusterError
@@ -22,6 +23,8 @@ from omnimri.serve.deployments import Encoder, EngineLoader, Image, Text, load_e
 from omnimri.serve.ingress import Ingress
 
 APP_NAME = "omnimri"
+PATIENCE = {"RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "30", "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "30"}
+"""Serve gives its proxy 5 s three times to import and answer, then kills it; on a busy laptop that is too little."""
 
 
 def build_app(args: AppArgs) -> serve.Application:
@@ -57,18 +60,30 @@ def running_app(args: AppArgs, port: int | None = None, *, load: EngineLoader | 
     port = port or free_port(args.host)
     expect_free(args.host, port)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # This process; replicas keep their own level.
-    serve.start(
-        http_options={"host": args.host, "port": port},
-        logging_config=LoggingConfig(log_level=logging.WARNING, enable_access_log=False),
-    )
     try:
+        _start(args.host, port)
         _run(assemble(args, load) if load else build_app(args))
         yield url_of(args.host, port)
     finally:
         serve.shutdown()
 
 
+def _start(host: str, port: int) -> None:
+    """Start Serve's controller and HTTP proxy."""
+    try:
+        serve.start(
+            http_options={"host": host, "port": port},
+            logging_config=LoggingConfig(log_level=logging.WARNING, enable_access_log=False),
+            controller_options={"runtime_env": {"env_vars": PATIENCE}},
+        )
+    except (TimeoutError, RayActorError) as error:
+        raise ClusterError(
+            f"Serve's HTTP proxy did not start on {host} port {port}: the machine may be overloaded, try again."
+        ) from error
+
+
 def _run(app: serve.Application) -> None:
+    """Deploy the application and wait until every deployment is ready."""
     try:
         serve.run(app, name=APP_NAME, route_prefix="/", logging_config=LoggingConfig(enable_access_log=False))
     except RuntimeError as error:

@@ -202,7 +202,8 @@ class PlainNames:
     def of(self, original: str) -> str:
         """The plain name for an original one."""
         path = PurePosixPath(original.replace("\\", "/"))
-        ending = self._ENDING.search(path.name).group(0)
+        found = self._ENDING.search(path.name)
+        ending = found.group(0) if found else ""
         stem = str(path).removesuffix(ending)
         name = self._name(stem, ending)
         if name in self._used:  # Two parts of one name: a browser sends no folders.

@@ -71,7 +71,7 @@ class ModelReplica:
         self._seconds.observe(time.perf_counter() - started, tags={"method": method.__name__})
         return result
 
-    def check_health(self) -> None:
+    async def check_health(self) -> None:
         """Serve replaces a replica whose GPU has been lost; CPU replicas are healthy while they answer."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
@@ -131,7 +131,7 @@ class Text(ModelReplica):
 
     async def check_health(self) -> None:
         """Also asks the backend."""
-        super().check_health()
+        await super().check_health()
         await self.backend.check_health()
 
 

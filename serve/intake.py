@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 import torch
 
 from omnimri.models.physics import ifft2c, root_sum_of_squares, undersampling_mask
@@ -119,8 +120,9 @@ def ready_for_reconstruction(intake: Intake, acceleration: int | None, seed: int
         scan = undersample(intake.scan, acceleration, seed)
     except ValueError as error:
         raise RequestError(422, "acceleration", str(error)) from error
+    kept = np.asarray(scan.mask)
     said = (
-        f"Retrospectively undersampled: {int(scan.mask.sum())} of {scan.mask.size} phase-encoding lines kept "
+        f"Retrospectively undersampled: {int(kept.sum())} of {kept.size} phase-encoding lines kept "
         f"({acceleration}x, equispaced, seed {seed}); a real accelerated acquisition may look different."
     )
     return replace(intake, scan=scan, warnings=[*intake.warnings, said])

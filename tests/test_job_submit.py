@@ -5,7 +5,6 @@ import os
 import re
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 import pytest
 from ray._private.runtime_env.packaging import _zip_files
 
@@ -111,12 +111,17 @@ def wait_for_start(head: subprocess.Popen[str]) -> None:
 
 
 def stop(head: subprocess.Popen[str]) -> None:
-    """Ask the head to end, which ends what it has started, and then end what is left of its process group."""
+    """Ask the head to end, which ends what it has started; end by force what is left of it."""
+    if head.poll() is not None:
+        return
+    family = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]
     head.terminate()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        head.communicate(timeout=30)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(head.pid, signal.SIGKILL)
+    _, alive = psutil.wait_procs(family, timeout=60)
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    head.wait()
+    head.stdout.close()
 
 
 def test_a_job_runs_from_the_uninstalled_tree(ray_head: RayHead) -> None:

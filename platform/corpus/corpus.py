@@ -49,6 +49,8 @@ class CorpusConfig:
     """How many patients, and how they are scanned."""
 
     num_patients: int
+    first: int = 0
+    """Index of the first patient: another range of the same seed holds patients that the first has not."""
     seed: int = 0
     """Patient i of a seed is the same in a corpus of any size."""
     num_slices: int = 24
@@ -61,8 +63,8 @@ class CorpusConfig:
     """Signal to noise of the combined image at 3 T; at 1.5 T it is two thirds of it."""
 
     def __post_init__(self) -> None:
-        if self.num_patients < 1:
-            raise ValueError(f"CorpusConfig.num_patients must be at least 1, found {self.num_patients}.")
+        if self.num_patients < 1 or self.first < 0:
+            raise ValueError(f"CorpusConfig: num_patients >= 1 and first >= 0 expected, found {self}.")
         if self.num_coils < 1 or self.num_slices < 1 or min(self.matrix) < 16:
             raise ValueError("CorpusConfig: at least one coil, one slice and a 16 x 16 matrix are needed.")
 
@@ -213,7 +215,8 @@ def write_corpus(out: Path, config: CorpusConfig) -> CorpusSummary:
     start = time.monotonic()
     workers = max(1, min(config.num_patients, int(ray.cluster_resources().get("CPU", 1)) // 2))
     rows = (
-        ray.data.range(config.num_patients, override_num_blocks=config.num_patients)
+        ray.data.from_items([{"id": config.first + i} for i in range(config.num_patients)],
+                            override_num_blocks=config.num_patients)
         .map_batches(PatientWriter, fn_constructor_args=(str(out), config), batch_size=1, num_cpus=1,
                      compute=ActorPoolStrategy(size=workers))
         .take_all()

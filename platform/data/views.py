@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from omnimri.models.boxes import Box, BoxCoder, boxes_to_text
+from omnimri.models.geometry import pad_or_crop
 from omnimri.models.physics import (
     SenseOperator,
     estimate_sens_maps,
@@ -75,10 +76,10 @@ def image_sample(row: Row, rng: np.random.Generator, options: ViewOptions) -> Sa
 
 def slice_sample(row: Row, rng: np.random.Generator, options: ViewOptions) -> Sample:
     """Single slices as volumes of depth one, `volumes` `(S, 1, 1, H, W)`."""
-    slices = options.preprocess.slices(row_to_scan(row)).slices.numpy()
-    chosen = _draw(np.ptp(slices, axis=(1, 2)) > 0.5, 2 * options.slices_per_sample, rng)
+    slices = options.preprocess.slices(row_to_scan(row)).slices
+    chosen = _draw(np.ptp(slices.numpy(), axis=(1, 2)) > 0.5, 2 * options.slices_per_sample, rng)
     attributes = np.repeat(_attributes(row)[None], len(chosen), axis=0)
-    return {"volumes": slices[chosen][:, None, None], "attributes": attributes}
+    return {"volumes": _to_slice_grid(slices[chosen], options).numpy()[:, None, None], "attributes": attributes}
 
 
 def paired_sample(row: Row, rng: np.random.Generator, options: ViewOptions) -> Sample:
@@ -184,9 +185,20 @@ def segmentation_sample(row: Row, rng: np.random.Generator, options: ViewOptions
         "task": "segment",
         "instruction": instruction_for("segment", structure=structure, rng=rng),
         "facts": _facts(row, rng),
-        "slices": source.slices.numpy()[chosen],
-        "slice_target": target[chosen],
+        "slices": _to_slice_grid(source.slices[chosen], options).numpy(),
+        "slice_target": _to_slice_grid(torch.from_numpy(target[chosen]), options).numpy(),
     }
+
+
+def _to_slice_grid(slices: torch.Tensor, options: ViewOptions) -> torch.Tensor:
+    """Slices `(S, H, W)` padded or cropped about their centre, so that rows of any matrix share a batch."""
+    inputs = options.preprocess.inputs
+    height, width = (
+        round(size * mm / inputs.slice_spacing_mm)
+        for size, mm in zip(inputs.volume_shape[1:], inputs.volume_spacing_mm[1:], strict=True)
+    )
+    background = False if slices.dtype == torch.bool else float(slices.min())
+    return pad_or_crop(slices, (height, width), background)
 
 
 def structure_mask(label_map: np.ndarray, names: Mapping[int, str], structure: str) -> np.ndarray:

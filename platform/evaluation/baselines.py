@@ -71,6 +71,17 @@ def zero_filled(acquisition: Acquisition) -> Tensor:
     return acquisition.operator.adjoint(acquisition.kspace)
 
 
+def fully_sampled(scan: Scan, acquisition: Acquisition) -> Tensor:
+    """All lines, combined with the coil maps of the acquisition; complex `(Z, Y, X)`.
+
+    What a perfect reconstruction in these maps would be. It differs from the target by the noise that a root sum of
+    squares keeps in the air and the maps leave out, so it is the ceiling of every method that uses maps.
+    """
+    everything = torch.ones(scan.kspace.shape[-1], dtype=torch.bool)
+    operator = physics.SenseOperator(acquisition.operator.sens_maps, everything)
+    return operator.adjoint(torch.tensor(scan.kspace))
+
+
 def cg_sense(acquisition: Acquisition, setting: SenseSetting) -> Tensor:
     """Iterative SENSE, complex `(Z, Y, X)`."""
     return physics.cg_sense(

@@ -22,6 +22,8 @@ from omnimri.platform.evaluation.figures import orient_slice
 
 MODEL = "omnimri"
 BLANK = "blank_image"
+CEILING = "fully_sampled"
+"""Not a rival: the best that any reconstruction with the same coil maps could reach."""
 SUBGROUP_FACTS = ("vendor", "field_strength_t", "sex", "age_years", "contrast")
 
 ANNOTATION = {

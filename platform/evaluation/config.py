@@ -36,10 +36,10 @@ class EvaluateConfig:
     """Tasks that are also run on a constant image, as the floor of what text and priors alone can do."""
     tuning_split: str = "val"
     """Split that the CG-SENSE baseline is tuned on; never the scored one."""
-    tuning_volumes: int = 4
-    tuning_slices: int = 6
+    tuning_volumes: int = 3
+    tuning_slices: int = 4
     """Central slices of each tuning volume."""
-    cg_weights: tuple[float, ...] = (0.001, 0.005, 0.02, 0.08)
+    cg_weights: tuple[float, ...] = (0.002, 0.01, 0.05, 0.2)
     """Tikhonov weights tried for CG-SENSE."""
     cg_steps: tuple[int, ...] = (5, 10, 20)
     """Numbers of conjugate-gradient iterations tried."""

@@ -144,13 +144,11 @@ def tune_cg_sense(shards: Shards, config: EvaluateConfig) -> tuple[dict[int, Sen
 
 
 def _tuning_note(acceleration: int, setting: SenseSetting, config: EvaluateConfig) -> str:
-    edge = setting.weight in (min(config.cg_weights), max(config.cg_weights)) or setting.num_steps == max(
-        config.cg_steps
-    )
+    edge = setting.weight in (min(config.cg_weights), max(config.cg_weights))
     return (
         f"CG-SENSE at {acceleration}x: weight {setting.weight:g}, {setting.num_steps} iterations, the best of "
         f"{len(config.cg_weights) * len(config.cg_steps)} settings on split {config.tuning_split!r}"
-        + (" (at the edge of the grid: cg_weights, cg_steps)." if edge else ".")
+        + (" (at the edge of cg_weights)." if edge else ".")
     )
 
 

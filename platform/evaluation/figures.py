@@ -20,11 +20,11 @@ from skimage.measure import find_contours
 from omnimri.models.geometry import to_canonical
 from omnimri.models.vocabulary import LESION, STRUCTURES, TISSUES
 
-LONG_EDGE_PX = 440
+LONG_EDGE_PX = 352
 """Longer edge of a panel."""
 ERROR_GAIN = 5
 """Errors are shown this many times brighter than the images."""
-REFERENCE_COLOUR = (86, 180, 233)
+REFERENCE_COLOUR = (0, 200, 150)
 PREDICTED_COLOUR = (230, 159, 0)
 STRUCTURE_COLOURS = dict(zip(STRUCTURES, ((86, 180, 233), (240, 228, 66), (204, 121, 167), (230, 159, 0)), strict=True))
 """Okabe and Ito's palette, which colour-blind eyes tell apart."""
@@ -76,7 +76,7 @@ class Panel:
 def png_bytes(image: Image.Image) -> bytes:
     """An image as a PNG file."""
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG", optimize=True)
+    image.save(buffer, format="PNG")
     return buffer.getvalue()
 
 
@@ -95,7 +95,7 @@ def error_map(picture: Picture, name: str) -> Image.Image:
     """Absolute difference from the target, ERROR_GAIN times brighter, in false colours."""
     error = np.abs(picture[name] - picture["target"]) * ERROR_GAIN / max(float(picture["window"][1]), 1e-12)
     colours = matplotlib.colormaps["inferno"](np.clip(error, 0, 1))[..., :3]
-    return _enlarged(Image.fromarray((255 * colours).astype(np.uint8)), picture)
+    return _enlarged(Image.fromarray((255 * colours).astype(np.uint8)), picture).quantize(64)  # a quarter of the bytes
 
 
 def colour_map_stops(number: int = 8) -> list[str]:

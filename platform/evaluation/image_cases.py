@@ -17,7 +17,16 @@ from omnimri.models.vocabulary import FINDINGS, LESION, TISSUES
 from omnimri.platform.data.shards import row_to_scan
 from omnimri.platform.evaluation import baselines
 from omnimri.platform.evaluation.baselines import Acquisition
-from omnimri.platform.evaluation.cases import BLANK, MODEL, CaseContext, CaseResult, base_picture, recorder, timed
+from omnimri.platform.evaluation.cases import (
+    BLANK,
+    CEILING,
+    MODEL,
+    CaseContext,
+    CaseResult,
+    base_picture,
+    recorder,
+    timed,
+)
 from omnimri.platform.evaluation.figures import orient_slice
 
 
@@ -39,7 +48,7 @@ def reconstruct_case(context: CaseContext, row: Mapping[str, Any]) -> CaseResult
             kind=config.mask_kind, seed=config.seed,
         )  # fmt: skip
         acquisition = baselines.acquire(scan, mask)
-        for method, reconstruct in _reconstructions(context, acceleration).items():
+        for method, reconstruct in _reconstructions(context, scan, acceleration).items():
             started = time.perf_counter()
             magnitude, residual = reconstruct(acquisition)
             seconds = (time.perf_counter() - started) / len(target)
@@ -52,7 +61,7 @@ def reconstruct_case(context: CaseContext, row: Mapping[str, Any]) -> CaseResult
 Reconstruct = Callable[[Acquisition], tuple[np.ndarray, float]]
 
 
-def _reconstructions(context: CaseContext, acceleration: int) -> dict[str, Reconstruct]:
+def _reconstructions(context: CaseContext, scan: Scan, acceleration: int) -> dict[str, Reconstruct]:
     """Every method, as a function from an acquisition to magnitude and data residual."""
     setting = context.sense_settings[acceleration]
     return {
@@ -60,6 +69,7 @@ def _reconstructions(context: CaseContext, acceleration: int) -> dict[str, Recon
         # The magnitude without coil maps is not an image the forward model can be applied to.
         "zero_filled_rss": lambda acquisition: (acquisition.scan.image, float("nan")),
         "cg_sense": lambda acquisition: _with_residual(baselines.cg_sense(acquisition, setting), acquisition),
+        CEILING: lambda acquisition: _with_residual(baselines.fully_sampled(scan, acquisition), acquisition),
         MODEL: lambda acquisition: _model_reconstruction(context, acquisition),
     }
 

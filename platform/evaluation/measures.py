@@ -10,7 +10,7 @@ import numpy as np
 
 from omnimri.models import metrics
 from omnimri.models.vocabulary import TISSUES
-from omnimri.platform.evaluation.cases import BLANK, MODEL
+from omnimri.platform.evaluation.cases import BLANK, CEILING, MODEL
 
 Table = Mapping[str, np.ndarray]
 """Columns of one method's records, row by row."""
@@ -29,6 +29,8 @@ class Metric:
     digits: int = 3
     higher_is_better: bool | None = True
     """None: neither."""
+    undefined: str = "nothing to divide by in these volumes"
+    """Why there is no value although there are cases."""
 
 
 def _mean(column: str) -> Callable[[Table], float]:
@@ -105,14 +107,17 @@ METRICS: dict[str, dict[str, Metric]] = {
         "sensitivity": Metric(
             "Sensitivity", _ratio("matched", "num_reference"), ("matched", "num_reference"),
             "Reference boxes found, all volumes pooled; greedy matching, label not considered.",
+            undefined="no box in the reference",
         ),
         "precision": Metric(
             "Precision", _ratio("matched", "num_predicted"), ("matched", "num_predicted"),
             "Predicted boxes that found a reference box.",
+            undefined="no box was predicted",
         ),
         "sensitivity_label": Metric(
             "Sensitivity, right label", _ratio("matched_label", "num_reference"), ("matched_label", "num_reference"),
             "Reference boxes found by a box of the same label.",
+            undefined="no box in the reference",
         ),
         "false_positives": Metric(
             "False boxes per volume", _mean("false_positives"), ("false_positives",), "", "", 2, False
@@ -144,20 +149,28 @@ METRICS: dict[str, dict[str, Metric]] = {
         "label_f1": Metric(
             "Label F1", _f1("matched", "predicted", "reference"), ("matched",),
             "Finding and side, read from both texts by one negation-aware labeller, all reports pooled.",
+            undefined="no finding in either text",
         ),
-        "label_precision": Metric("Label precision", _ratio("matched", "predicted"), ("matched",), "As above."),
-        "label_recall": Metric("Label recall", _ratio("matched", "reference"), ("matched",), "As above."),
+        "label_precision": Metric("Label precision", _ratio("matched", "predicted"), ("matched",), "As above.",
+            undefined="no finding was asserted",
+        ),
+        "label_recall": Metric("Label recall", _ratio("matched", "reference"), ("matched",), "As above.",
+            undefined="no finding in the reference",
+        ),
         "finding_f1": Metric(
             "Finding F1", _f1("supported_findings", "predicted_findings", "reference_findings"), ("matched",),
             "Kind of finding, whatever its side.",
+            undefined="no finding in either text",
         ),
         "hallucination_rate": Metric(
             "Hallucination rate", _ratio("supported_findings", "predicted_findings", complement=True), ("matched",),
             "Findings asserted without support in the reference, of all findings asserted.", "", 3, False,
+            undefined="no finding was asserted",
         ),
         "omission_rate": Metric(
             "Omission rate", _ratio("supported_findings", "reference_findings", complement=True), ("matched",),
             "Findings of the reference that the report does not assert.", "", 3, False,
+            undefined="no finding in the reference",
         ),
         "same_labels": Metric(
             "Reports with the same labels", _mean("agrees"), ("agrees",), "Including those rightly without findings."
@@ -186,6 +199,7 @@ METHOD_LABELS = {
     "zero_filled": "Zero-filled, coil maps",
     "zero_filled_rss": "Zero-filled, root sum of squares",
     "cg_sense": "CG-SENSE, tuned",
+    CEILING: "Ceiling: all lines, same coil maps",
     "majority_class": "Commonest diagnosis in training",
 }
 

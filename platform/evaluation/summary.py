@@ -13,7 +13,7 @@ import numpy as np
 
 from omnimri.models import metrics
 from omnimri.models.vocabulary import TASKS
-from omnimri.platform.evaluation.cases import MODEL, SUBGROUP_FACTS, Record
+from omnimri.platform.evaluation.cases import CEILING, MODEL, SUBGROUP_FACTS, Record
 from omnimri.platform.evaluation.config import EvaluateConfig
 from omnimri.platform.evaluation.measures import (
     HEADLINE,
@@ -159,7 +159,7 @@ def _value(metric_name: str, metric: Metric, rows: Sequence[Record], config: Eva
     count = int(scored.sum())
     estimate = metric.compute(table) if count else math.nan
     if not math.isfinite(estimate):
-        return Value(None, reason=_why_not(rows[0].method, metric_name, count))
+        return Value(None, reason=_why_not(rows[0].method, metric_name, metric, count))
     patients = [row.patient_id for row, kept in zip(rows, scored, strict=True) if kept]
     return Value(estimate, _interval(lambda index: metric.compute(_take(table, index)), patients, config), count)
 
@@ -174,15 +174,13 @@ def _take(table: Table, index: np.ndarray) -> Table:
     return {name: values[index] for name, values in table.items()}
 
 
-def _why_not(method: str, metric_name: str, count: int) -> str:
+def _why_not(method: str, metric_name: str, metric: Metric, count: int) -> str:
     if (method, metric_name) in NOT_APPLICABLE:
         return f"not computed: {NOT_APPLICABLE[method, metric_name]}"
     package = missing_package(metric_name) if metric_name in LEXICAL_PACKAGES else None
     if package:
         return f"not computed: package {package} is not installed"
-    return (
-        "not computed: no volume has a value" if count == 0 else "not computed: nothing to divide by in these volumes"
-    )
+    return f"not computed: {metric.undefined if count else 'no volume has a value'}"
 
 
 def _values(task: str, rows: Sequence[Record], config: EvaluateConfig) -> dict[str, Value]:
@@ -226,7 +224,7 @@ def _verdicts(
     return [
         verdict
         for method, rows in methods.items()
-        if method != MODEL
+        if method not in (MODEL, CEILING)
         and (verdict := _verdict(task, condition, name, metric, methods[MODEL], method, rows, config)) is not None
     ]
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from omnimri.platform.evaluation.cases import CaseContext, CaseResult, Record, c
 from omnimri.platform.evaluation.config import EvaluateConfig
 from omnimri.platform.evaluation.image_cases import reconstruct_case, segment_case
 from omnimri.platform.evaluation.text_cases import detect_case, diagnose_case, report_case
+
+logger = logging.getLogger(__name__)
 
 RUNNERS: dict[str, Callable[[CaseContext, Mapping[str, Any]], CaseResult]] = {
     "reconstruct": reconstruct_case,
@@ -94,7 +97,11 @@ class CaseWorker:
         """Read the columns that one unit needs, and score it."""
         index = int(batch["index"][0])
         unit = self.units[index]
-        result = RUNNERS[unit.task](self.context, load_row(unit.ref, columns_of(unit.task)))
+        try:
+            result = RUNNERS[unit.task](self.context, load_row(unit.ref, columns_of(unit.task)))
+        except ValueError as error:  # a volume that the model or a metric refuses; it is counted and named
+            logger.warning("%s on row %s not scored: %s", unit.task, unit.ref.row_id, error)
+            result = CaseResult(skipped=str(error))
         archive = io.BytesIO()
         np.savez_compressed(archive, **result.picture)
         return {

@@ -276,10 +276,10 @@ def claim(job: StageJob) -> None:
     if path.is_file():
         before = json.loads(path.read_text())
         if any(before[key] != record[key] for key in ("settings_digest", "data_digest")):
+            found = differences(before, record) or ["the model to start from has changed"]
             raise ValueError(
-                f"{folder} holds stage {job.stage!r} of a run with other settings "
-                f"({'; '.join(differences(before, record))}). Choose another --name and --out, or pass --fresh to "
-                "discard it."
+                f"{folder} holds stage {job.stage!r} of a run with other settings ({'; '.join(found)}). Choose "
+                "another --name and --out, or pass --fresh to discard it."
             )
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1))
@@ -294,7 +294,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str =
             found += differences(old, new, f"{name}.")
         elif old != new and key != "settings_digest":
             found.append(f"{name}: {old} before, {new} now")
-    return found or ["the model to start from has changed"]
+    return found
 
 
 def completed(job: StageJob) -> StageResult | None:

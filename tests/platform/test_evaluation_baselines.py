@@ -56,6 +56,14 @@ def test_cg_sense_beats_zero_filled_and_agrees_with_the_data(scan: Scan) -> None
     assert residuals[0] < residuals[1]
 
 
+def test_the_ceiling_is_above_every_method_and_below_the_target_by_noise_in_air_only(scan: Scan) -> None:
+    target, acquisition = baselines.reference_magnitude(scan), baselines.acquire(scan, _mask(scan))
+    ceiling = baselines.fully_sampled(scan, acquisition).abs().numpy()
+    sense = baselines.cg_sense(acquisition, SenseSetting(0.005, 10)).abs().numpy()
+    assert metrics.psnr(target, ceiling) > metrics.psnr(target, sense) + 3
+    assert (ceiling <= target + 1e-5).all()  # Cauchy-Schwarz: maps of unit length cannot add signal
+
+
 def test_the_grid_is_scored_whole_and_the_best_mean_wins(scan: Scan) -> None:
     grid = baselines.grid_psnr(scan, _mask(scan), (0.001, 10.0), (2, 8))
     assert set(grid) == {SenseSetting(w, n) for w in (0.001, 10.0) for n in (2, 8)}

@@ -84,6 +84,6 @@ def test_the_error_map_is_dark_where_nothing_is_wrong() -> None:
     off[:, 4:] += 0.2  # five times brighter: full scale
     view = figures.SliceView(target, (1.0, 1.0), ("R", "L", "A", "P"))
     picture = _picture(view) | {"target": target, "4x_omnimri": off}
-    pixels = np.asarray(figures.error_map(picture, "4x_omnimri")).sum(axis=-1)
+    pixels = np.asarray(figures.error_map(picture, "4x_omnimri").convert("RGB")).sum(axis=-1)
     assert pixels[:, :100].max() < 40
     assert pixels[:, -100:].min() > 500

@@ -99,7 +99,7 @@ def test_what_cannot_be_computed_says_why() -> None:
     summary = summarise([_record("report", i, counts) for i in range(2)], CONFIG, {})
     values = summary.tasks["report"]["volume"][MODEL]
     assert values["label_f1"].value is None
-    assert values["label_f1"].reason == "not computed: nothing to divide by in these volumes"
+    assert values["label_f1"].reason == "not computed: no finding in either text"
     assert values["bleu4"].reason.startswith("not computed: ")
     assert "segment: not computed" in format_table(summary)
 

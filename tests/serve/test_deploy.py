@@ -59,7 +59,7 @@ def test_a_deployed_model_answers_every_task_on_the_grid_of_its_input(
     mask[14:22] = True
     dicom = fakes.write_dicom_zip(tmp_path / "series.zip")
     kspace = fakes.write_fastmri(tmp_path / "scan.h5", mask=mask)
-    with httpx.Client(base_url=url, timeout=300) as client:
+    with httpx.Client(base_url=url, timeout=300, trust_env=False) as client:
         for task in ("reconstruct", "segment", "detect", "diagnose", "report"):
             path = kspace if task == "reconstruct" else dicom
             sampling = {} if task in ("reconstruct", "segment") else {"max_new_tokens": "16"}
@@ -77,7 +77,7 @@ def test_a_deployed_model_answers_every_task_on_the_grid_of_its_input(
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 0
     with pytest.raises(httpx.ConnectError):
-        httpx.get(f"{url}/healthz")
+        httpx.get(f"{url}/healthz", trust_env=False)
 
 
 def test_what_cannot_be_deployed_is_refused_in_one_line(

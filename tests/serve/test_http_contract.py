@@ -37,7 +37,7 @@ def url(
 
 @pytest.fixture
 def client(url: str) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=url, timeout=120) as opened:
+    with httpx.Client(base_url=url, timeout=120, trust_env=False) as opened:
         yield opened
 
 

@@ -1,0 +1,125 @@
+"""The four stages on the real model at its smallest, and the last of them on two workers under ZeRO-2 and ZeRO-3."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from omnimri.models.config import (
+    BackboneConfig,
+    ConnectorConfig,
+    FlowHeadConfig,
+    ImageDecoderConfig,
+    InputConfig,
+    OmniMRIConfig,
+    TextEncoderConfig,
+    VisionConfig,
+)
+from omnimri.models.omnimri import OmniMRI
+from omnimri.platform.data.stream import StreamConfig
+from omnimri.platform.training.config import RunConfig, ScalingConfig, StageConfigs
+from omnimri.platform.training.recipes import recipe
+from omnimri.platform.training.stages import STAGES
+from omnimri.platform.training.trainer import StageResult, run_stage, run_stages
+from omnimri.platform.training.zero import ZeroConfig
+from tests.platform.shards_fakes import write_shards
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.distributed:FutureWarning"),
+]
+
+SMALLEST = OmniMRIConfig(
+    preset="smallest",
+    vision=VisionConfig(embed_dim=12, depths=(1, 1, 1, 1), num_heads=(1, 2, 2, 2), window_size=(2, 2, 2)),
+    backbone=BackboneConfig(
+        hidden_size=64, num_layers=2, num_heads=2, num_kv_heads=1, shared_width=64, num_experts=4, experts_per_token=2,
+        expert_width=32, vocab_size=512,
+    ),
+    text_encoder=TextEncoderConfig(hidden_size=32, num_layers=1, num_heads=1, num_kv_heads=1, width=32),
+    connector=ConnectorConfig(num_queries=4, num_layers=1, dim=32),
+    image_decoder=ImageDecoderConfig(channels=(16, 32), num_res_blocks=1, num_head_channels=16),
+    flow_head=FlowHeadConfig(width=32, depth=1),
+    inputs=InputConfig(volume_shape=(8, 32, 32), volume_spacing_mm=(12.0, 4.0, 4.0), slice_spacing_mm=4.0),
+    embedding_dim=16,
+)  # fmt: skip
+
+
+def smallest_run(data: Path, out: Path, *, workers: int = 0, zero: int = 0) -> RunConfig:
+    run = recipe("tiny", "smallest", [data], out)
+    stages = {
+        name: replace(
+            run.stage(name), steps=6, rows_per_step=dict.fromkeys(run.stage(name).rows_per_step, 2), log_every=3
+        )
+        for name in STAGES
+    }
+    return replace(
+        run,
+        model=SMALLEST,
+        train=StageConfigs(**stages),
+        zero=ZeroConfig(stage=zero, persistence_threshold=0),  # type: ignore[arg-type]
+        scaling=ScalingConfig(num_workers=workers, threads_per_worker=1),
+        stream=StreamConfig(num_tasks=0, prefetch=1),
+    )
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_shards(tmp_path_factory.mktemp("shards") / "balls")
+
+
+@pytest.fixture(scope="module")
+def four_stages(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[StageResult]:
+    """All stages, one after the other, in this process."""
+    return run_stages(list(STAGES), smallest_run(data, tmp_path_factory.mktemp("run")))
+
+
+def test_every_stage_trains_its_parts_and_leaves_the_others(four_stages: list[StageResult]) -> None:
+    assert [result.stage for result in four_stages] == list(STAGES)
+    for before, after in itertools.pairwise(four_stages):
+        moved = {name for name in STAGES[after.stage].trains if _changed(before, after, name)}
+        still = {name for name in ("vision", "text_encoder") if name not in STAGES[after.stage].trains}
+        assert moved == set(STAGES[after.stage].trains)
+        assert not any(_changed(before, after, name) for name in still)
+
+
+def test_the_last_model_loads_without_ray(four_stages: list[StageResult]) -> None:
+    model = OmniMRI.load(four_stages[-1].model_folder)
+    assert set(model.parts()) >= set(STAGES["instruct"].trains)
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+
+
+def test_held_out_rows_are_looked_at(data: Path, four_stages: list[StageResult], tmp_path: Path) -> None:
+    reports = []
+    run = smallest_run(data, tmp_path)
+    stage = replace(run.train.multimodal, steps=2, validate_every=1)
+    run = replace(run, train=replace(run.train, multimodal=stage))
+    run_stage("multimodal", run, init=Path(four_stages[1].model_folder), report_every=1, on_report=reports.append)
+    assert [report["step"] for report in reports] == [1, 2]
+    assert {"val/loss_text", "val/loss_visual", "val/loss_text/paired", "val/loss_text/instruct.text"} <= set(
+        reports[0]
+    )
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+def test_two_workers_run_the_last_stage(
+    data: Path, four_stages: list[StageResult], tmp_path: Path, ray_cluster: None, zero: int
+) -> None:
+    run = smallest_run(data, tmp_path, workers=2, zero=zero)
+    result = run_stage("instruct", run, init=Path(four_stages[2].model_folder))
+    assert {"loss", "loss_text"} <= set(result.losses)
+    model = OmniMRI.load(result.model_folder)
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+    assert _changed(four_stages[2], result, "image_decoder")
+    assert not _changed(four_stages[2], result, "vision")
+
+
+def _changed(before: StageResult, after: StageResult, part: str) -> bool:
+    old, new = (load_file(Path(r.model_folder) / part / "model.safetensors") for r in (before, after))
+    return any(not torch.equal(old[name], new[name]) for name in old)
