@@ -1,159 +1,155 @@
-"""How a head is scanned: slice geometry, receive coils, phase, noise, k-space."""
+"""How a head is received: signal, bias field, coils, phase, noise.
 
-# N Y X slices and in-plane voxels, C coils
+The object is drawn on the grid of the image and not finer, so k-space holds no ringing from beyond it: a simulation
+that starts from images, which flatters reconstruction.
+"""
+
+# K tissue classes and lesion parts, C coils, Z Y X voxels
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import ndimage
-from scipy.spatial.transform import Rotation
 
-from omnimri.models.vocabulary import FINDINGS, TISSUES
-from omnimri.platform.corpus import signal
-from omnimri.platform.corpus.anatomy import TISSUE_CLASSES, Head
-from omnimri.platform.corpus.lesions import Lesions
+from omnimri.platform.corpus.anatomy import CLASSES
+from omnimri.platform.corpus.fields import smooth_field
+from omnimri.platform.corpus.geometry import Grid
+from omnimri.platform.corpus.scanners import Scanner
+from omnimri.platform.corpus.signal import RELAXATION, Relaxation, Sequence, signal
 
-LABEL_NAMES = {value: name for value, name in enumerate((*TISSUES, *FINDINGS), start=1)}
-SUBSAMPLES = 3
-"""Truth planes averaged into one slice."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Grid:
-    """An axial 2D multi-slice prescription, the same for all series of a patient."""
-
-    num_slices: int
-    matrix: tuple[int, int]
-    """Voxels `(Y, X)`; phase encoding runs along X."""
-    spacing_mm: tuple[float, float, float]
-    """`(z, y, x)`."""
-    affine: np.ndarray
-    """`(4, 4)`: voxel `(x, y, z)` to RAS mm; x to the patient's left and y to the back, as axial slices are shown."""
+_PART_TISSUE = {"halo": "oedema"}
+"""Parts of lesions that look like another one."""
 
 
 @dataclass(frozen=True)
-class Sampled:
-    """A head as its slices see it."""
+class Receiver:
+    """What a patient's series have in common: the coil array and the patient in it."""
 
-    fractions: dict[str, np.ndarray]
-    """Tissue or lesion part to float32 `(N, Y, X)`, partial volumes included."""
-    label_map: np.ndarray
-    """Uint8 `(N, Y, X)`, values of LABEL_NAMES."""
-    mni_mm: np.ndarray
-    """Float32 `(3, N, Y, X)`: place in the template."""
+    sens_maps: np.ndarray
+    """Complex64 `(C, Z, Y, X)`."""
+    bias: np.ndarray
+    """Float32 `(Z, Y, X)`: transmit inhomogeneity and texture, around one."""
 
 
 @dataclass(frozen=True)
-class Acquisition:
-    """One series as the scanner measured it."""
+class Received:
+    """One series as the coils saw it."""
 
-    kspace: np.ndarray
-    """Complex64 `(N, C, Y, X)`, centred, orthonormal, fully sampled."""
-    image: np.ndarray
-    """Float32 `(N, Y, X)`: root sum of squares of the coil images."""
-
-
-def prescribe(rng: np.random.Generator, *, num_slices: int, matrix: tuple[int, int], spacing_mm: tuple) -> Grid:
-    """Axial slices around the brain, tilted and shifted a little, as a technologist leaves them."""
-    tilt = Rotation.from_euler("xyz", [rng.normal(0, 3.0), rng.normal(0, 1.2), rng.normal(0, 1.5)], degrees=True)
-    dz, dy, dx = spacing_mm
-    axes = tilt.as_matrix() @ np.diag([-1.0, -1.0, 1.0])
-    affine = np.eye(4)
-    affine[:3, :3] = axes * np.array([dx, dy, dz])
-    centre_mm = np.array([0.0, -18.0, 6.0]) + rng.normal(0, 2.5, 3)
-    middle = (np.array([matrix[1], matrix[0], num_slices]) - 1) / 2
-    affine[:3, 3] = centre_mm - affine[:3, :3] @ middle
-    return Grid(num_slices=num_slices, matrix=matrix, spacing_mm=spacing_mm, affine=affine)
+    coil_images: np.ndarray
+    """Complex64 `(Z, C, Y, X)`, without noise."""
+    noise_std: float
+    """Of the real and of the imaginary part in each voxel of each coil image."""
+    snr: float
+    """Signal of white matter in the combined image over `noise_std`."""
 
 
-def sample(head: Head, lesions: Lesions, grid: Grid) -> Sampled:
-    """Average the truth over each slice's thickness."""
-    where = _truth_index(head, grid)
-    replaced = 1 - np.clip(sum(lesions.parts.values()), 0, 1) if lesions.parts else 1.0
-    truth = {name: head.tissues[i] * replaced for i, name in enumerate(TISSUE_CLASSES)} | lesions.parts
-    fractions = {name: _slice_mean(values, where) for name, values in truth.items()}
-    brain = np.stack([fractions[name] for name in TISSUES])
-    labels = np.where(brain.sum(0) > 0.5, brain.argmax(0) + 1, 0)
-    if lesions.finding is not None:
-        lesion = sum(fractions[name] for name in lesions.parts)
-        labels = np.where(lesion >= 0.5, len(TISSUES) + 1 + FINDINGS.index(lesions.finding), labels)
-    middle = where[:, :, SUBSAMPLES // 2]
-    mni = np.stack([ndimage.map_coordinates(axis, middle, order=1, mode="nearest") for axis in head.mni_mm])
-    return Sampled(fractions, labels.astype(np.uint8), mni)
-
-
-def _truth_index(head: Head, grid: Grid) -> np.ndarray:
-    """Truth voxel index `(3, N, SUBSAMPLES, Y, X)` of every point that is averaged."""
-    z = np.arange(grid.num_slices)[:, None] + ((np.arange(SUBSAMPLES) + 0.5) / SUBSAMPLES - 0.5)
-    y, x = np.arange(grid.matrix[0]), np.arange(grid.matrix[1])
-    to_truth = np.linalg.inv(head.affine) @ grid.affine
-    shape = (grid.num_slices, SUBSAMPLES, *grid.matrix)
-    along = (x, y[:, None], z[:, :, None, None])
-    return np.stack(
-        [np.broadcast_to(sum(row[i] * along[i] for i in range(3)) + row[3], shape) for row in to_truth[:3]]
-    ).astype(np.float32)
-
-
-def _slice_mean(values: np.ndarray, where: np.ndarray) -> np.ndarray:
-    return ndimage.map_coordinates(values, where, order=1, mode="constant").mean(axis=1).astype(np.float32)
-
-
-def ideal_image(sampled: Sampled, protocol: signal.Protocol, field_strength_t: float) -> np.ndarray:
-    """Noise-free magnitude `(N, Y, X)` of a protocol."""
-    known = signal.TISSUES[field_strength_t] | signal.LESIONS
-    return sum(fraction * signal.signal(known[name], protocol) for name, fraction in sampled.fractions.items())
-
-
-def scan(image: np.ndarray, rng: np.random.Generator, *, num_coils: int, snr: float) -> Acquisition:
-    """Receive an ideal image `(N, Y, X)` by coils with noise.
+def draw_receiver(grid: Grid, num_coils: int, field_strength_t: float, rng: np.random.Generator) -> Receiver:
+    """Coils on a ring around the head, each falling off with distance, and a bias that grows with field strength.
 
     Args:
-        image: Magnitude.
-        rng: Draws texture, coils, phase and noise.
-        num_coils: Receive coils around the head.
-        snr: Median signal of the object over the noise's standard deviation, in the combined image.
+        grid: The acquisition.
+        num_coils: Receive coils.
+        field_strength_t: 1.5 or 3.
+        rng: Source of positions and phases.
     """
-    shape = image.shape[1:]
-    texture = 1 + 0.03 * ndimage.gaussian_filter(rng.normal(size=image.shape), 1.0) / 0.2
-    phase = _smooth_phase(rng, shape)
-    maps = _coil_maps(rng, num_coils, shape)
-    coil_images = (image * texture)[:, None] * maps * phase
-    deviation = float(np.median(image[image > 0.2 * image.max()])) / snr
-    noise = rng.normal(size=coil_images.shape) + 1j * rng.normal(size=coil_images.shape)
-    coil_images = coil_images + deviation / np.sqrt(2) * noise
-    axes = (-2, -1)
-    shifted = np.fft.ifftshift(coil_images, axes=axes)
-    kspace = np.fft.fftshift(np.fft.fft2(shifted, norm="ortho"), axes=axes).astype(np.complex64)
-    combined = np.sqrt((np.abs(coil_images) ** 2).sum(1)).astype(np.float32)
-    return Acquisition(kspace, combined)
-
-
-def _plane(shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Coordinates `(Y, X)` from -1 to 1."""
-    return tuple(np.meshgrid(*[np.linspace(-1, 1, size) for size in shape], indexing="ij"))  # type: ignore[return-value]
-
-
-def _smooth_phase(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarray:
-    """Unit complex `(Y, X)`: a quadratic phase as field inhomogeneity leaves it."""
-    y, x = _plane(shape)
-    terms = (np.ones_like(y), y, x, x * y, y * y, x * x)
-    return np.exp(1j * sum(rng.normal(0, 0.8) * term for term in terms))
-
-
-def _coil_maps(rng: np.random.Generator, num_coils: int, shape: tuple[int, int]) -> np.ndarray:
-    """Complex `(C, Y, X)`: coils on a ring, falling off with distance, brighter near the rim when combined."""
-    y, x = _plane(shape)
-    maps = []
+    place = _centred_mm(grid)
     start = rng.uniform(0, 2 * np.pi)
-    for coil in range(num_coils):
-        angle = start + 2 * np.pi * coil / num_coils + rng.normal(0, 0.1)
-        cy, cx = 1.15 * np.sin(angle), 1.15 * np.cos(angle)
-        magnitude = np.exp(-((y - cy) ** 2 + (x - cx) ** 2) / 1.7)
-        turn = rng.uniform(0, 2 * np.pi) + 0.8 * (np.cos(angle) * x + np.sin(angle) * y)
-        maps.append(magnitude * np.exp(1j * turn))
-    maps = np.stack(maps)
-    combined = np.sqrt((np.abs(maps) ** 2).sum(0))
-    # Scanners even out most of the combined profile and leave some of it.
-    return maps / combined**0.75 / np.median(combined) ** 0.25
+    angles = start + 2 * np.pi * np.arange(num_coils) / num_coils + rng.normal(0, 0.1, num_coils)
+    sens_maps = np.stack([_coil_map(place, angle, rng) for angle in angles])
+    # Scanners even out part of the array's own profile.
+    combined = np.sqrt((np.abs(sens_maps) ** 2).sum(0))
+    sens_maps /= (combined / combined.mean()) ** 0.6 * combined.mean()
+    strength = 0.06 if field_strength_t < 2 else 0.11
+    bias = 1 + strength * smooth_field(rng, grid.shape, grid.spacing_mm, 70.0)
+    return Receiver(sens_maps, np.clip(bias, 0.6, 1.4).astype(np.float32))
+
+
+def _centred_mm(grid: Grid) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Distances along z, y, x from the middle of the grid, each shaped to broadcast."""
+    z, y, x = (
+        (np.arange(size, dtype=np.float32) - (size - 1) / 2) * step
+        for size, step in zip(grid.shape, grid.spacing_mm, strict=True)
+    )
+    return z[:, None, None], y[:, None], x
+
+
+def _coil_map(place: tuple[np.ndarray, np.ndarray, np.ndarray], angle: float, rng: np.random.Generator) -> np.ndarray:
+    """Complex64 `(Z, Y, X)`: a loop at an angle around the head; its phase turns with distance and direction."""
+    z, y, x = place
+    cy, cx, cz = 130 * np.sin(angle), 110 * np.cos(angle), rng.normal(0, 20)
+    distance = ((z - cz) / 1.6) ** 2 + (y - cy) ** 2 + (x - cx) ** 2
+    turn = (x * np.sin(angle) - y * np.cos(angle)) / rng.uniform(90, 160) + z * rng.normal(0, 0.004)
+    return (np.exp(1j * (turn + rng.uniform(0, 2 * np.pi))) / (1 + distance / 95.0**2)).astype(np.complex64)
+
+
+def ideal_image(
+    shares: dict[str, np.ndarray], sequence: Sequence, field_strength_t: float, tissue_scale: dict[str, float]
+) -> np.ndarray:
+    """Magnitude `(Z, Y, X)` of a sequence without bias and noise; partial volumes add up.
+
+    Args:
+        shares: Tissue class or lesion part to its share of each voxel.
+        sequence: Pulse sequence.
+        field_strength_t: Key of RELAXATION.
+        tissue_scale: Factor on both relaxation times, by tissue; people differ.
+    """
+    image = np.zeros(next(iter(shares.values())).shape, np.float32)
+    for name, share in shares.items():
+        image += np.float32(signal(relaxation(name, field_strength_t, tissue_scale), sequence)) * share
+    return image
+
+
+def relaxation(name: str, field_strength_t: float, tissue_scale: dict[str, float]) -> Relaxation:
+    """Relaxation of a tissue class or lesion part in one patient."""
+    known = RELAXATION[field_strength_t][_PART_TISSUE.get(name, name)]
+    scale = tissue_scale.get(name, 1.0)
+    return Relaxation(known.t1_ms * scale, known.t2_ms * scale, known.density)
+
+
+def draw_tissue_scale(rng: np.random.Generator) -> dict[str, float]:
+    """How far one patient's relaxation times are from the table's; fluid, to which FLAIR is set, hardly differs."""
+    normal = {name: float(np.exp(rng.normal(0, 0.02))) for name in CLASSES[1:]}
+    parts = ("gliosis", "plaque", "mass", "oedema", "blood core", "blood rim")
+    return normal | {name: float(np.exp(rng.normal(0, 0.05))) for name in parts}
+
+
+def receive(
+    image: np.ndarray, white: np.ndarray, receiver: Receiver, grid: Grid, scanner: Scanner, rng: np.random.Generator
+) -> Received:
+    """One series: the object's phase, coil sensitivities, and the noise that will be added.
+
+    Args:
+        image: Ideal magnitude `(Z, Y, X)`.
+        white: Share of white matter, on which the noise level is set.
+        receiver: Coils and bias.
+        grid: The acquisition.
+        scanner: Its field strength sets the noise.
+        rng: Source of phase and noise level.
+    """
+    texture = 1 + 0.015 * smooth_field(rng, grid.shape, grid.spacing_mm, 6.0)
+    phase = np.exp(1j * _object_phase(grid, rng))
+    coil_images = ((image * receiver.bias * texture * phase)[None] * receiver.sens_maps).astype(np.complex64)
+    combined = np.sqrt((np.abs(coil_images) ** 2).sum(0))
+    snr = float(rng.uniform(25, 32) if scanner.field_strength_t < 2 else rng.uniform(30, 40))
+    noise_std = float(combined[white > 0.9].mean()) / snr
+    return Received(np.ascontiguousarray(coil_images.transpose(1, 0, 2, 3)), noise_std, snr)
+
+
+def _object_phase(grid: Grid, rng: np.random.Generator) -> np.ndarray:
+    """Radians `(Z, Y, X)`: smooth inhomogeneity and a shift of the echo."""
+    z, y, x = (np.linspace(-1, 1, size, dtype=np.float32) for size in grid.shape)
+    linear = rng.normal(0, 0.8) * y[:, None] + rng.normal(0, 0.8) * x + rng.uniform(0, 2 * np.pi)
+    drift = rng.normal(0, 0.5) * z[:, None, None]
+    return linear + drift + 0.7 * smooth_field(rng, grid.shape, grid.spacing_mm, 50.0)
+
+
+def add_noise(values: np.ndarray, noise_std: float, rng: np.random.Generator) -> np.ndarray:
+    """Complex Gaussian noise; the orthonormal transform keeps its level, so it may be added in either domain."""
+    noise = rng.standard_normal((*values.shape, 2), dtype=np.float32).view(np.complex64)[..., 0]
+    return values + np.float32(noise_std) * noise
+
+
+def combine(coil_images: np.ndarray) -> np.ndarray:
+    """Root sum of squares over the coils: `(Z, C, Y, X)` to float32 `(Z, Y, X)`."""
+    return np.sqrt((np.abs(coil_images) ** 2).sum(1)).astype(np.float32)

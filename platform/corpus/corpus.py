@@ -10,38 +10,33 @@ import csv
 import hashlib
 import json
 import logging
+import os
+import shutil
 import time
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import ray.data
-from ray.data import ActorPoolStrategy
+import ray
 
-from omnimri.models.vocabulary import DIAGNOSES
-from omnimri.platform.corpus.acquisition import LABEL_NAMES, Grid, Sampled, ideal_image, prescribe, sample, scan
-from omnimri.platform.corpus.anatomy import Template, draw_head, load_template
-from omnimri.platform.corpus.language import describe, find_lesions, write_report
-from omnimri.platform.corpus.lesions import draw_lesions
-from omnimri.platform.corpus.signal import PROTOCOLS, Protocol
-from omnimri.platform.corpus.writers import WRITERS, Scanner, Series, save_nifti
+from omnimri.models.vocabulary import CONTRASTS
+from omnimri.platform.corpus.acquisition import Received, ideal_image, receive, relaxation
+from omnimri.platform.corpus.anatomy import Template, load_template
+from omnimri.platform.corpus.language import Case, describe, write_report
+from omnimri.platform.corpus.patient import SERIES, WORDS, Patient, Simulated, simulate
+from omnimri.platform.corpus.series import SeriesHeader
+from omnimri.platform.corpus.signal import signal
+from omnimri.platform.corpus.truth import LABEL_NAMES, Lesion
+from omnimri.platform.corpus.writers import FORMATS, Written, save_nifti, write_series
 
 logger = logging.getLogger(__name__)
 
 CORPUS_VERSION = 1
 NAME = "omnimri-simulated-brain"
 NOTICE = "Simulated from one averaged brain (MNI152). Not evidence of clinical performance."
-LICENCE = "Apache-2.0; anatomy: ICBM152 2009a, copyright McConnell Brain Imaging Centre, MNI, McGill University"
-
-SCANNERS = (
-    Scanner(manufacturer="SIEMENS", model="MAGNETOM Skyra", field_strength_t=3.0),
-    Scanner(manufacturer="Siemens Healthineers", model="MAGNETOM Aera", field_strength_t=1.5),
-    Scanner(manufacturer="GE MEDICAL SYSTEMS", model="DISCOVERY MR750", field_strength_t=3.0),
-    Scanner(manufacturer="GE MEDICAL SYSTEMS", model="SIGNA Artist", field_strength_t=1.5),
-    Scanner(manufacturer="Philips Medical Systems", model="Ingenia", field_strength_t=3.0),
-    Scanner(manufacturer="Philips", model="Achieva", field_strength_t=1.5),
-)
+LICENCE = "Apache-2.0; anatomy from ICBM 152 2009a, copyright 1993-2009 Louis Collins, McConnell Brain Imaging Centre"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,174 +52,137 @@ class CorpusConfig:
     matrix: tuple[int, int] = (112, 96)
     """In-plane voxels, Y and X; phase encoding along X."""
     spacing_mm: tuple[float, float, float] = (6.0, 2.0, 2.0)
-    """Slice thickness, Y, X."""
+    """Slice thickness, which is also the slice distance, and in-plane voxel edges y, x."""
     num_coils: int = 4
-    snr_3t: float = 30.0
-    """Signal to noise of the combined image at 3 T; at 1.5 T it is two thirds of it."""
 
     def __post_init__(self) -> None:
         if self.num_patients < 1 or self.first < 0:
-            raise ValueError(f"CorpusConfig: num_patients >= 1 and first >= 0 expected, found {self}.")
-        if self.num_coils < 1 or self.num_slices < 1 or min(self.matrix) < 16:
-            raise ValueError("CorpusConfig: at least one coil, one slice and a 16 x 16 matrix are needed.")
+            raise ValueError(
+                "CorpusConfig: num_patients must be at least 1 and first at least 0, "
+                f"found {self.num_patients} and {self.first}."
+            )
+        if self.num_coils < 1 or self.num_slices < 1 or min(self.matrix) < 16 or any(n % 2 for n in self.matrix):
+            raise ValueError(
+                f"CorpusConfig: found num_coils={self.num_coils}, num_slices={self.num_slices}, matrix={self.matrix}; "
+                "expected at least one coil, one slice and an even matrix of 16 x 16 or more."
+            )
+        if min(self.spacing_mm) <= 0:
+            raise ValueError(f"CorpusConfig.spacing_mm must be positive, found {self.spacing_mm}.")
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """`(Z, Y, X)`."""
+        return self.num_slices, *self.matrix
 
 
 @dataclass(frozen=True)
 class CorpusSummary:
-    """What was written."""
+    """What stands in the folder afterwards."""
 
     out: Path
     participants: list[dict[str, Any]]
     """One row per patient, as in participants.tsv."""
+    num_written: int
+    """Patients made now; the others were there."""
     seconds: float
 
     @property
     def num_series(self) -> int:
-        return len(self.participants) * len(PROTOCOLS)
+        """One for each contrast of each patient."""
+        return len(self.participants) * len(CONTRASTS)
 
-
-@dataclass(frozen=True, kw_only=True)
-class Patient:
-    """Who is scanned on what, drawn before anything is computed."""
-
-    index: int
-    participant_id: str
-    sex: str
-    age_years: int
-    scanner: Scanner
-    diagnosis: str
-
-    @classmethod
-    def draw(cls, index: int, seed: int) -> Patient:
-        """The i-th patient of a seed; every run of five patients holds every diagnosis once."""
-        rng = np.random.default_rng([seed, index, 0])
-        order = np.random.default_rng([seed, index // len(DIAGNOSES), 1]).permutation(len(DIAGNOSES))
-        return cls(
-            index=index,
-            participant_id=f"sub-{index + 1:04d}",
-            sex=("F", "M")[int(rng.integers(2))],
-            age_years=int(rng.integers(20, 86)),
-            scanner=SCANNERS[int(rng.integers(len(SCANNERS)))],
-            diagnosis=DIAGNOSES[order[index % len(DIAGNOSES)]],
-        )
-
-    def as_row(self) -> dict[str, Any]:
-        return {
-            "participant_id": self.participant_id,
-            "sex": self.sex,
-            "age": self.age_years,
-            "vendor": self.scanner.manufacturer,
-            "field_strength_t": self.scanner.field_strength_t,
-            "diagnosis": self.diagnosis,
-        }
+    def counts(self, column: str) -> dict[Any, int]:
+        """Patients by a column of participants.tsv."""
+        return dict(sorted(Counter(row[column] for row in self.participants).items()))
 
 
 class PatientWriter:
     """Writes patients; an actor of Ray Data keeps one, so that the template is read once per process."""
 
     def __init__(self, out: str, config: CorpusConfig) -> None:
-        self.out, self.config, self.template = Path(out), config, load_template()
+        self._out, self._config, self._template = Path(out), config, load_template()
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        rows = [write_patient(int(index), self.template, self.out, self.config) for index in batch["id"]]
-        return {name: np.array([row[name] for row in rows]) for name in rows[0]} | {"index": batch["id"]}
-
-
-def write_patient(index: int, template: Template, out: Path, config: CorpusConfig) -> dict[str, Any]:
-    """Simulate one patient and write its four series, label maps and annotations; returns its row of the table."""
-    patient = Patient.draw(index, config.seed)
-    rng = np.random.default_rng([config.seed, index, 2])
-    head = draw_head(template, rng, patient.age_years)
-    lesions = draw_lesions(head, patient.diagnosis, rng)
-    grid = prescribe(rng, num_slices=config.num_slices, matrix=config.matrix, spacing_mm=config.spacing_mm)
-    sampled = sample(head, lesions, grid)
-    folder = out / patient.participant_id
-    formats = list(WRITERS)
-    series: dict[str, Any] = {}
-    for number, protocol in enumerate(PROTOCOLS.values()):
-        written = _write_series(patient, number, protocol, grid, sampled, config)
-        path = WRITERS[formats[(number + index) % len(formats)]](written, folder)
-        labels = folder / "labels" / f"{patient.participant_id}_{protocol.contrast}_dseg.nii.gz"
-        save_nifti(sampled.label_map, grid.affine, labels)
-        annotation = _annotate(patient, number, protocol, sampled, grid, config)
-        series[str(path.relative_to(folder))] = {"label_map": str(labels.relative_to(folder)), **annotation}
-    who = {"participant_id": patient.participant_id, "sex": patient.sex, "age_years": patient.age_years}
-    (folder / "annotations.json").write_text(json.dumps({"patient": who, "series": series}, indent=1))
-    return patient.as_row()
-
-
-def _write_series(
-    patient: Patient, number: int, protocol: Protocol, grid: Grid, sampled: Sampled, config: CorpusConfig
-) -> Series:
-    field = patient.scanner.field_strength_t
-    rng = np.random.default_rng([config.seed, patient.index, 3, number])
-    snr = config.snr_3t * (1.0 if field > 2 else 2 / 3)
-    acquisition = scan(ideal_image(sampled, protocol, field), rng, num_coils=config.num_coils, snr=snr)
-    return Series(
-        participant_id=patient.participant_id,
-        uid_seed=f"{NAME}/{config.seed}/{patient.index}",
-        sex=patient.sex,
-        age_years=patient.age_years,
-        scanner=patient.scanner,
-        protocol=protocol,
-        number=number + 1,
-        grid=grid,
-        acquisition=acquisition,
-    )
-
-
-def _annotate(
-    patient: Patient, number: int, protocol: Protocol, sampled: Sampled, grid: Grid, config: CorpusConfig
-) -> dict[str, Any]:
-    """The truth about one series, as annotations.json holds it."""
-    lesions = find_lesions(sampled, grid)
-    rng = np.random.default_rng([config.seed, patient.index, 4, number])
-    description, origin = describe(lesions, protocol, patient.scanner.field_strength_t)
-    return {
-        "label_names": {str(value): name for value, name in LABEL_NAMES.items()},
-        "boxes": [lesion.as_box() for lesion in lesions],
-        "classes": [patient.diagnosis],
-        "report": write_report(lesions, protocol, patient.scanner.field_strength_t, rng),
-        "description": description,
-        "description_origin": origin,
-    }
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Write the patient with the index `row["index"]`."""
+        start = time.monotonic()
+        path = write_patient(
+            Patient.draw(int(row["index"]), self._config.seed), self._template, self._out, self._config
+        )
+        return {"participant_id": path.name, "seconds": time.monotonic() - start}
 
 
 def write_corpus(out: Path, config: CorpusConfig) -> CorpusSummary:
-    """Write the whole corpus through Ray Data; the folder is complete when `dataset.json` stands in it.
+    """Make a corpus folder, or complete one: patients that are there already are kept.
+
+    Ray must be running. On a cluster, `out` lies on a file system that all nodes share.
+
+    Args:
+        out: Folder; made if needed.
+        config: What is in it.
 
     Raises:
-        ValueError: If the folder already holds a corpus of other settings.
+        ValueError: If the folder holds a corpus with other settings, or something else.
     """
-    out = out.absolute()
-    card = {
+    start = time.monotonic()
+    out = Path(out).resolve()
+    _claim(out, config)
+    patients = [Patient.draw(index, config.seed) for index in range(config.first, config.first + config.num_patients)]
+    missing = [patient.index for patient in patients if not (out / patient.participant_id).is_dir()]
+    for done, row in enumerate(_stream(missing, out, config), start=1):
+        if done % max(1, len(missing) // 10) == 0:
+            logger.info("%d of %d patients written (%s in %.1f s)", done, len(missing), row["participant_id"],
+                        row["seconds"])  # fmt: skip
+    participants = [_participant(patient) for patient in patients]
+    _write_table(participants, out / "participants.tsv")
+    return CorpusSummary(out, participants, len(missing), time.monotonic() - start)
+
+
+def _stream(indices: list[int], out: Path, config: CorpusConfig) -> Iterator[dict[str, Any]]:
+    """Write patients on all CPUs of the cluster; yields a small row for each that is done."""
+    if not indices:
+        return
+    # A local Ray has more logical CPUs than there are cores; the template and a patient take 0.5 GB a worker.
+    num_cores = (os.cpu_count() or 1) * sum(node["Alive"] for node in ray.nodes())
+    workers = max(1, min(len(indices), int(ray.cluster_resources().get("CPU", 1)) // 2, num_cores))
+    dataset = ray.data.from_items([{"index": index} for index in indices], override_num_blocks=len(indices))
+    yield from dataset.map(
+        PatientWriter, fn_constructor_args=(str(out), config), num_cpus=1, concurrency=workers
+    ).iter_rows()
+
+
+def _claim(out: Path, config: CorpusConfig) -> None:
+    """Write the card of a new corpus, or check that the one that is there is of the same make."""
+    card = _card(config)
+    path = out / "dataset.json"
+    if path.is_file():
+        found = json.loads(path.read_text())
+        if found.get("recipe") != card["recipe"]:
+            raise ValueError(
+                f"{out} holds a corpus with other settings ({found.get('recipe')}); asked for {card['recipe']}. "
+                "Name another folder, or remove that one."
+            )
+    elif out.is_dir() and any(out.iterdir()):
+        raise ValueError(f"{out} holds files that are no corpus. Name another folder.")
+    out.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(card, indent=1))
+
+
+def _card(config: CorpusConfig) -> dict[str, Any]:
+    """The contents of dataset.json; `recipe` is what decides how patient i looks."""
+    recipe = {name: value for name, value in asdict(config).items() if name not in ("num_patients", "first")}
+    return {
         "name": NAME,
         "licence": LICENCE,
         "simulated": True,
         "notice": NOTICE,
         "version": CORPUS_VERSION,
-        "code": _code_digest(),
-        **asdict(config),
+        "seed": config.seed,
+        "num_patients": config.num_patients,
+        "first": config.first,
+        "spacing_mm": list(config.spacing_mm),
+        "body_part": "brain",
+        "recipe": json.loads(json.dumps(recipe)) | {"code": _code_digest()},
     }
-    card = json.loads(json.dumps(card))
-    if (out / "dataset.json").is_file():
-        if json.loads((out / "dataset.json").read_text()) != card:
-            raise ValueError(f"{out} holds a corpus of other settings; choose another folder or delete it.")
-        return CorpusSummary(out, _read_table(out / "participants.tsv"), 0.0)
-    out.mkdir(parents=True, exist_ok=True)
-    start = time.monotonic()
-    workers = max(1, min(config.num_patients, int(ray.cluster_resources().get("CPU", 1)) // 2))
-    rows = (
-        ray.data.from_items([{"id": config.first + i} for i in range(config.num_patients)],
-                            override_num_blocks=config.num_patients)
-        .map_batches(PatientWriter, fn_constructor_args=(str(out), config), batch_size=1, num_cpus=1,
-                     compute=ActorPoolStrategy(size=workers))
-        .take_all()
-    )  # fmt: skip
-    participants = [{k: v for k, v in row.items() if k != "index"} for row in sorted(rows, key=lambda r: r["index"])]
-    _write_table(participants, out / "participants.tsv")
-    (out / "dataset.json").write_text(json.dumps(card, indent=1))
-    return CorpusSummary(out, participants, time.monotonic() - start)
 
 
 def _code_digest() -> str:
@@ -235,13 +193,90 @@ def _code_digest() -> str:
     return digest.hexdigest()[:12]
 
 
+def write_patient(patient: Patient, template: Template, out: Path, config: CorpusConfig) -> Path:
+    """Simulate one patient and write its series, label maps and annotations; the folder appears when it is complete."""
+    simulated = simulate(patient, template, config.shape, config.spacing_mm, config.num_coils)
+    folder, partial = out / patient.participant_id, out / f".{patient.participant_id}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    series = dict(_write_one(simulated, number, partial) for number in range(len(CONTRASTS)))
+    who = {"participant_id": patient.participant_id, "sex": patient.sex, "age_years": patient.age_years}
+    (partial / "annotations.json").write_text(json.dumps({"patient": who, "series": series}, indent=1))
+    return partial.rename(folder)
+
+
+def _write_one(simulated: Simulated, number: int, folder: Path) -> tuple[str, dict[str, Any]]:
+    """Write one contrast; returns its path below the folder and its annotation."""
+    patient = simulated.patient
+    protocol = patient.protocols[CONTRASTS[number]]
+    field, scale = patient.scanner.field_strength_t, simulated.tissue_scale
+    rng = patient.rng(SERIES, number)
+    image = ideal_image(simulated.shares, protocol.sequence, field, scale)
+    white = simulated.shares["white matter"]
+    received = receive(image, white, simulated.receiver, simulated.grid, patient.scanner, rng)
+    header = SeriesHeader(
+        participant_id=patient.participant_id, uid_seed=f"{NAME}/{CORPUS_VERSION}/{patient.seed}/{patient.index}",
+        sex=patient.sex, age_years=patient.age_years, scanner=patient.scanner, protocol=protocol, number=number + 1,
+        spacing_mm=simulated.grid.spacing_mm,
+    )  # fmt: skip
+    source_format = list(FORMATS)[(number + patient.index) % len(FORMATS)]
+    written = write_series(source_format, header, received, simulated.grid, folder, rng)
+    labels = folder / "labels" / f"{patient.participant_id}_{protocol.contrast}_dseg.nii.gz"
+    save_nifti(simulated.labels[:, ::-1] if written.rows_turned else simulated.labels, written.affine, labels)
+    annotation = {"label_map": labels.relative_to(folder).as_posix(), **_annotate(simulated, number, received, written)}
+    return written.path.relative_to(folder).as_posix(), annotation
+
+
+def _annotate(simulated: Simulated, number: int, received: Received, written: Written) -> dict[str, Any]:
+    """The truth about one series, as annotations.json holds it."""
+    patient = simulated.patient
+    case = _case(simulated, CONTRASTS[number], received.snr)
+    rng = patient.rng(WORDS, number)
+    report = write_report(case, rng)
+    description, origin = describe(case, rng)
+    return {
+        "label_names": {str(value): name for value, name in LABEL_NAMES.items()},
+        "boxes": [_box(lesion, simulated.labels.shape[1], written.rows_turned) for lesion in simulated.lesions],
+        "classes": [patient.diagnosis],
+        "report": report,
+        "description": description,
+        "description_origin": origin,
+    }
+
+
+def _box(lesion: Lesion, num_rows: int, rows_turned: bool) -> dict[str, Any]:
+    """A lesion's box on the grid of its file."""
+    z1, y1, x1, z2, y2, x2 = lesion.box_voxel
+    if rows_turned:
+        y1, y2 = num_rows - y2, num_rows - y1
+    return {"label": lesion.label, "side": lesion.side, "box_voxel": [z1, y1, x1, z2, y2, x2]}
+
+
+def _case(simulated: Simulated, contrast: str, snr: float) -> Case:
+    """What may be said of one series."""
+    patient = simulated.patient
+    field, sequence = patient.scanner.field_strength_t, patient.protocols[contrast].sequence
+    value = {name: signal(relaxation(name, field, simulated.tissue_scale), sequence) for name in simulated.shares}
+    return Case(
+        diagnosis=patient.diagnosis, lesions=simulated.lesions, contrast=contrast, sequence_kind=sequence.kind,
+        field_strength_t=field, brightness={name: v / value["white matter"] for name, v in value.items()}, snr=snr,
+        has_wide_ventricles=simulated.build.is_wide, pushes_brain=simulated.plan.push is not None,
+    )  # fmt: skip
+
+
+def _participant(patient: Patient) -> dict[str, Any]:
+    return {
+        "participant_id": patient.participant_id,
+        "sex": patient.sex,
+        "age": patient.age_years,
+        "vendor": patient.scanner.vendor,
+        "field_strength_t": patient.scanner.field_strength_t,
+        "diagnosis": patient.diagnosis,
+    }
+
+
 def _write_table(rows: list[dict[str, Any]], path: Path) -> None:
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), delimiter="\t")
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), delimiter="\t", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-
-
-def _read_table(path: Path) -> list[dict[str, Any]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file, delimiter="\t"))

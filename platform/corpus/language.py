@@ -1,176 +1,234 @@
-"""What is true of a simulated patient, in words: lesions measured on the label map, description, report."""
+"""The words of a simulated patient: five-level description and report, every statement true of what was simulated.
+
+Signal words compare a tissue with white matter by the signal equations that made the image; sides, regions, counts and
+sizes come from the label map. What the simulation does not know stays empty.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from scipy import ndimage
 
-from omnimri.models.vocabulary import FINDINGS, TISSUES
-from omnimri.platform.corpus import signal
-from omnimri.platform.corpus.acquisition import Grid, Sampled
+from omnimri.models.vocabulary import NORMAL
+from omnimri.platform.corpus.lesions import FINDING_OF
+from omnimri.platform.corpus.truth import Lesion
 
-_MAIN_PART = {
-    "old infarct": "cavity",
-    "demyelinating plaque": "plaque",
-    "oedematous mass": "mass",
-    "haemorrhage": "blood core",
-}
-_PHRASE = {
-    "old infarct": ("fluid-filled cavity with a gliotic rim", "Old infarct"),
-    "demyelinating plaque": ("ovoid white matter plaques", "Demyelinating disease"),
-    "oedematous mass": ("solid mass with surrounding oedema", "Oedematous mass"),
-    "haemorrhage": ("focal haemorrhage with a dark rim", "Haemorrhage"),
-}
+Description = dict[str, dict[str, str]]
+
+_CONTRAST_NAMES = {"T1w": "T1-weighted", "T2w": "T2-weighted", "FLAIR": "FLAIR", "PD": "proton density-weighted"}
+_KIND_NAMES = {"spin echo": "spin echo", "inversion recovery": "inversion recovery", "gradient echo": "gradient echo"}
 _ABSENT = {
     "old infarct": "infarct",
-    "demyelinating plaque": "demyelinating plaque",
+    "demyelinating plaque": "demyelinating plaques",
     "oedematous mass": "mass",
     "haemorrhage": "haemorrhage",
 }
 _ADVICE = {
-    None: "none",
-    "old infarct": "vascular work-up",
-    "demyelinating plaque": "neurological referral",
-    "oedematous mass": "neurosurgical referral",
-    "haemorrhage": "urgent clinical correlation",
+    NORMAL: ("No follow-up imaging needed", "No further imaging needed"),
+    "old infarct": ("Vascular risk assessment", "Clinical and vascular work-up"),
+    "demyelinating disease": ("Neurological referral and contrast-enhanced MRI", "Contrast-enhanced MRI and neurology"),
+    "oedematous mass": ("Neurosurgical referral and contrast-enhanced MRI", "Contrast-enhanced MRI and neurosurgery"),
+    "haemorrhage": ("Urgent neurological assessment", "Urgent clinical review"),
 }
 
 
-@dataclass(frozen=True)
-class Lesion:
-    """One connected lesion on the label map."""
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """All that words may be made of, for one series."""
 
-    label: str
-    side: str
-    region: str
-    box_voxel: tuple[int, int, int, int, int, int]
-    """Half-open `[z1, y1, x1, z2, y2, x2]`."""
-    extent_mm: int
-    """Longest edge of the box in plane, rounded."""
+    diagnosis: str
+    lesions: Sequence[Lesion]
+    """Largest first; empty in a healthy head."""
+    contrast: str
+    sequence_kind: str
+    field_strength_t: float
+    brightness: dict[str, float]
+    """Signal of tissues and lesion parts over that of white matter."""
+    snr: float
+    has_wide_ventricles: bool
+    pushes_brain: bool
+    """Brain was displaced by the lesion."""
 
-    def as_box(self) -> dict[str, Any]:
-        return {"label": self.label, "side": self.side, "box_voxel": list(self.box_voxel)}
+    @property
+    def side(self) -> str:
+        """`left`, `right`, `midline` or `bilateral` of all lesions together."""
+        sides = {lesion.side for lesion in self.lesions} - {"midline"}
+        return "bilateral" if len(sides) == 2 else sides.pop() if sides else "midline"
 
+    @property
+    def place(self) -> str:
+        """Side and region of the largest lesion: `left frontal lobe`."""
+        return f"{self.lesions[0].side} {self.lesions[0].region}"
 
-def find_lesions(sampled: Sampled, grid: Grid) -> list[Lesion]:
-    """Connected lesions (26 neighbours, two voxels or more), largest first."""
-    components, count = ndimage.label(sampled.label_map > len(TISSUES), structure=np.ones((3, 3, 3)))
-    sizes = np.bincount(components.ravel(), minlength=count + 1)
-    order = [i for i in np.argsort(-sizes, kind="stable") if i and sizes[i] >= 2]
-    return [_measure(components == i, sampled, grid) for i in order]
+    @property
+    def size_mm(self) -> int:
+        """Of the largest lesion."""
+        return max(lesion.size_mm for lesion in self.lesions)
 
-
-def _measure(mask: np.ndarray, sampled: Sampled, grid: Grid) -> Lesion:
-    index = np.argwhere(mask)
-    low, high = index.min(0), index.max(0) + 1
-    value = int(np.bincount(sampled.label_map[mask]).argmax())
-    x_mm, y_mm, z_mm = (float(axis[mask].mean()) for axis in sampled.mni_mm)
-    extent = max((high - low)[1] * grid.spacing_mm[1], (high - low)[2] * grid.spacing_mm[2])
-    return Lesion(
-        label=FINDINGS[value - len(TISSUES) - 1],
-        side="midline" if abs(x_mm) < 4 else "left" if x_mm < 0 else "right",
-        region=region_of(x_mm, y_mm, z_mm),
-        box_voxel=tuple(int(v) for v in (*low, *high)),
-        extent_mm=round(extent),
-    )
-
-
-def region_of(x_mm: float, y_mm: float, z_mm: float) -> str:
-    """Region of a point by planes in MNI space: coarse, but the same rule for every patient.
-
-    Deep: within 36 mm of the midline, y -30 to 20, z -12 to 22. Cerebellum: below z -18 behind y -40. Occipital:
-    behind y -68. Temporal: below z 6, 28 mm or more off the midline. Parietal: behind y -22. Frontal: the rest.
-    """
-    if 8 <= abs(x_mm) <= 36 and -30 <= y_mm <= 20 and -12 <= z_mm <= 22:
-        return "basal ganglia"
-    if z_mm < -18 and y_mm < -40:
-        return "cerebellum"
-    if y_mm < -68:
-        return "occipital lobe"
-    if z_mm < 6 and abs(x_mm) >= 28:
-        return "temporal lobe"
-    return "parietal lobe" if y_mm < -22 else "frontal lobe"
+    def look(self, part: str) -> str:
+        """`hypointense`, `isointense` or `hyperintense` to white matter."""
+        ratio = self.brightness[part]
+        return "hypointense" if ratio < 0.87 else "hyperintense" if ratio > 1.15 else "isointense"
 
 
-def intensity_word(finding: str, protocol: signal.Protocol, field_strength_t: float) -> str:
-    """Hypo-, iso- or hyperintense to white matter, by the signal equations that made the image."""
-    white = signal.signal(signal.TISSUES[field_strength_t]["white matter"], protocol)
-    ratio = signal.signal(signal.LESIONS[_MAIN_PART[finding]], protocol) / white
-    return "hypointense" if ratio < 0.9 else "hyperintense" if ratio > 1.1 else "isointense"
+def write_report(case: Case, rng: np.random.Generator) -> str:
+    """Technique, findings, impression and recommendation in at most 90 words."""
+    pick = _Picker(rng)
+    technique = f"Technique: axial {_CONTRAST_NAMES[case.contrast]} brain MRI at {case.field_strength_t:g} T."
+    findings = " ".join([*_finding_sentences(case, pick), _absent(case, pick), _spaces(case, pick)])
+    advice = pick(*_ADVICE[case.diagnosis])
+    return f"{technique} Findings: {findings} Impression: {_impression(case, pick)}. Recommendation: {advice}."
 
 
-def write_report(
-    lesions: list[Lesion], protocol: signal.Protocol, field_strength_t: float, rng: np.random.Generator
-) -> str:
-    """Technique, findings, impression, recommendation; every statement follows from the lesions and the protocol."""
-    field = f"{field_strength_t:g} T"
-    technique = f"Technique: axial {protocol.contrast} of the brain at {field}."
-    if not lesions:
-        normal = ("No focal lesion.", "No focal signal abnormality.")[int(rng.integers(2))]
-        absent = "No haemorrhage, no mass, no infarct."
-        return f"{technique} Findings: {normal} {absent} Impression: normal. Recommendation: none."
-    finding = lesions[0].label
-    word = intensity_word(finding, protocol, field_strength_t)
-    what, impression = _PHRASE[finding]
-    if finding == "demyelinating plaque":
-        sides = " and ".join(side for side in ("left", "right", "midline") if any(e.side == side for e in lesions))
-        largest = lesions[0]
-        body = (
-            f"Multiple {word} {what} in the {sides} {'hemispheres' if ' and ' in sides else 'hemisphere'}, "
-            f"the largest about {largest.extent_mm} mm."
-        )
-        conclusion = impression
-    else:
-        main = lesions[0]
-        place = f"{main.side} {main.region}"
-        body = f"{what[0].upper()}{what[1:]} in the {place}, {word}, about {main.extent_mm} mm."
-        conclusion = f"{impression} of the {place}"
-    others = [name for name in ("haemorrhage", "oedematous mass", "old infarct") if name != finding]
-    absent = "No " + ", no ".join(_ABSENT[name] for name in others) + "."
-    return f"{technique} Findings: {body} {absent} Impression: {conclusion}. Recommendation: {_ADVICE[finding]}."
+class _Picker:
+    """One of several ways to say the same."""
+
+    def __init__(self, rng: np.random.Generator) -> None:
+        self._rng = rng
+
+    def __call__(self, *phrases: str) -> str:
+        return phrases[int(self._rng.integers(len(phrases)))]
 
 
-def describe(
-    lesions: list[Lesion], protocol: signal.Protocol, field_strength_t: float
-) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
-    """The five-level description (paper, Figure 2) with the origin of every filled field; empty means unknown."""
-    finding = lesions[0].label if lesions else None
-    places = sorted({f"{lesion.side} {lesion.region}" for lesion in lesions})
-    where = ", ".join(places)
-    word = intensity_word(finding, protocol, field_strength_t) if finding else ""
-    is_mass = finding == "oedematous mass"
+def _finding_sentences(case: Case, pick: _Picker) -> list[str]:
+    if case.diagnosis == NORMAL:
+        return [pick("No focal signal abnormality.", "Brain parenchyma of normal signal.", "No focal lesion.")]
+    kind = FINDING_OF[case.diagnosis]
+    size = pick(f"{case.size_mm} mm", f"about {case.size_mm} mm")
+    if kind == "old infarct":
+        return [
+            f"{pick('Old infarct', 'Chronic infarct')} in the {case.place}, {size}: {case.look('cavity')} cavity "
+            f"with {case.look('gliosis')} gliotic rim."
+        ]
+    if kind == "demyelinating plaque":
+        return [_plaque_sentence(case, size, pick)]
+    effect = [pick("Local mass effect.", "Mild local mass effect.")] if case.pushes_brain else []
+    if kind == "oedematous mass":
+        body = pick("Solid mass", "Mass")
+        oedema = f"{case.look('oedema')} surrounding oedema"
+        return [f"{body} in the {case.place}, {case.look('mass')}, with {oedema}, together {size}.", *effect]
+    rim = f"{case.look('blood core')} core and {case.look('blood rim')} rim"
+    return [f"{pick('Haemorrhage', 'Parenchymal haemorrhage')} in the {case.place}, {size}, {rim}.", *effect]
+
+
+def _plaque_sentence(case: Case, size: str, pick: _Picker) -> str:
+    count = len(case.lesions)
+    number = "One" if count == 1 else "Two" if count == 2 else pick(str(count), "Multiple")
+    where = "both cerebral hemispheres" if case.side == "bilateral" else f"the {case.side} cerebral hemisphere"
+    noun = "demyelinating plaque" if count == 1 else "demyelinating plaques"
+    extent = size if count == 1 else f"up to {size}"
+    return f"{number} {case.look('plaque')} periventricular {noun} in {where}, {extent}."
+
+
+def _absent(case: Case, pick: _Picker) -> str:
+    """What is not there, in changing order."""
+    others = [words for finding, words in _ABSENT.items() if finding != FINDING_OF[case.diagnosis]]
+    start = int(pick(*map(str, range(len(others)))))
+    *most, last = others[start:] + others[:start]
+    return f"No {', '.join(most)} or {last}."
+
+
+def _spaces(case: Case, pick: _Picker) -> str:
+    if case.has_wide_ventricles:
+        return pick("Ventricles and sulci are mildly widened.", "Mild widening of ventricles and sulci.")
+    if case.pushes_brain:
+        return pick("No generalised atrophy.", "Sulci of normal width elsewhere.")
+    return pick("Ventricles and sulci are of normal width.", "Normal ventricles and sulci.")
+
+
+def _impression(case: Case, pick: _Picker) -> str:
+    if case.diagnosis == NORMAL:
+        return pick("Normal brain MRI", "Normal MRI of the brain")
+    if case.diagnosis == "demyelinating disease":
+        side = "Bilateral" if case.side == "bilateral" else f"{case.side.capitalize()}-sided"
+        return pick(f"{side} plaques, suggestive of demyelinating disease", f"{side} demyelinating plaques")
+    name = {"old infarct": "Old infarct", "oedematous mass": "Oedematous mass", "haemorrhage": "Haemorrhage"}
+    return f"{name[case.diagnosis]} {pick('in', 'of')} the {case.place}"
+
+
+def describe(case: Case, rng: np.random.Generator) -> tuple[Description, dict[str, str]]:
+    """The five-level description with the paper's keys (Figure 2), and the origin of every field that is filled."""
+    pick = _Picker(rng)
     description = {
-        "image_modality_sequence": {
-            "modality": "MRI", "sequence": protocol.contrast, "plane": "axial", "acquisition_quality_or_artifacts": "",
-        },
-        "visible_anatomical_structures": {
-            "bony_structures": "skull", "articular_structures": "", "soft_tissues_and_musculature": "scalp",
-            "organs_or_central_structures": "brain", "neurovascular_or_connective_structures": "",
-            "spaces_or_cavities_or_joint_compartments": "ventricles and subarachnoid space",
-        },
-        "tissue_signal_characteristics": {
-            "normal_signal_appearance": "" if finding else "normal grey and white matter signal",
-            "abnormal_signal_patterns": f"{word} lesion" if finding else "",
-            "symmetry_and_structural_integrity": "",
-        },
-        "pathological_findings": {
-            "structural_abnormalities": f"cavity in the {where}" if finding == "old infarct" else "",
-            "signal_abnormalities_or_fluid_collections": f"{finding} in the {where}" if finding and not is_mass else "",
-            "masses_or_suspicious_lesions": f"mass in the {where}" if is_mass else "",
-        },
+        "image_modality_sequence": _modality(case),
+        "visible_anatomical_structures": _structures(case),
+        "tissue_signal_characteristics": _signals(case),
+        "pathological_findings": _pathology(case),
         "diagnostic_impression": {
-            "suggestive_of": _PHRASE[finding][1].lower() if finding else "normal",
+            "suggestive_of": NORMAL if case.diagnosis == NORMAL else case.diagnosis,
             "severity_or_grading": "",
-            "recommendation": _ADVICE[finding],
+            "recommendation": pick(*_ADVICE[case.diagnosis]).lower().replace("mri", "MRI"),
         },
-    }  # fmt: skip
+    }
     origin = {
-        f"{level}.{key}": "header" if level == "image_modality_sequence" else "label"
+        f"{level}.{key}": "header" if key in ("modality", "sequence", "plane") else "label"
         for level, fields in description.items()
         for key, value in fields.items()
         if value
     }
     return description, origin
+
+
+def _modality(case: Case) -> dict[str, str]:
+    noise = "good signal-to-noise ratio" if case.snr >= 30 else "moderate signal-to-noise ratio"
+    return {
+        "modality": "MRI",
+        "sequence": f"{_CONTRAST_NAMES[case.contrast]} {_KIND_NAMES[case.sequence_kind]}",
+        "plane": "axial",
+        "acquisition_quality_or_artifacts": f"{noise}, no motion artefact",
+    }
+
+
+def _structures(case: Case) -> dict[str, str]:
+    return {
+        "bony_structures": "skull",
+        "articular_structures": "",
+        "soft_tissues_and_musculature": "scalp and face",
+        "organs_or_central_structures": "cerebral hemispheres, basal ganglia, brainstem, cerebellum",
+        "neurovascular_or_connective_structures": "",
+        "spaces_or_cavities_or_joint_compartments":
+            "mildly widened ventricles and sulci" if case.has_wide_ventricles else "ventricles and sulci",
+    }  # fmt: skip
+
+
+def _signals(case: Case) -> dict[str, str]:
+    parts = {
+        NORMAL: (),
+        "old infarct": (("cavity", "cavity"), ("gliosis", "rim")),
+        "demyelinating disease": (("plaque", "white matter plaques"),),
+        "oedematous mass": (("mass", "mass"), ("oedema", "surrounding oedema")),
+        "haemorrhage": (("blood core", "core"), ("blood rim", "rim")),
+    }[case.diagnosis]
+    fluid, grey = (case.look(tissue) for tissue in ("cerebrospinal fluid", "grey matter"))
+    return {
+        "normal_signal_appearance": f"{fluid} fluid, {grey} cortex",
+        "abnormal_signal_patterns": ", ".join(f"{case.look(part)} {name}" for part, name in parts),
+        "symmetry_and_structural_integrity": _symmetry(case),
+    }
+
+
+def _symmetry(case: Case) -> str:
+    if case.diagnosis == NORMAL:
+        return "no focal asymmetry"
+    if case.side in ("left", "right"):
+        return f"{case.side}-sided lesion" + (" with local mass effect" if case.pushes_brain else "")
+    return "bilateral lesions" if case.side == "bilateral" else "midline lesion"
+
+
+def _pathology(case: Case) -> dict[str, str]:
+    found = {"structural_abnormalities": "", "signal_abnormalities_or_fluid_collections": "",
+             "masses_or_suspicious_lesions": ""}  # fmt: skip
+    if case.diagnosis == "old infarct":
+        found["structural_abnormalities"] = f"{case.size_mm} mm old infarct in the {case.place}"
+    elif case.diagnosis == "demyelinating disease":
+        sides = "bilateral" if case.side == "bilateral" else case.side
+        found["signal_abnormalities_or_fluid_collections"] = (
+            f"{len(case.lesions)} {sides} periventricular plaques up to {case.size_mm} mm"
+        )
+    elif case.diagnosis == "haemorrhage":
+        found["signal_abnormalities_or_fluid_collections"] = f"{case.size_mm} mm haemorrhage in the {case.place}"
+    elif case.diagnosis == "oedematous mass":
+        found["masses_or_suspicious_lesions"] = f"{case.size_mm} mm mass with oedema in the {case.place}"
+    return found

@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 
-from omnimri.models.vocabulary import FINDINGS, SIDES
-from omnimri.platform.corpus.language import Lesion, write_report
-from omnimri.platform.corpus.signal import PROTOCOLS
+from omnimri.models.vocabulary import CONTRASTS, FINDINGS
+from omnimri.platform.corpus.language import Case, write_report
+from omnimri.platform.corpus.lesions import FINDING_OF
+from omnimri.platform.corpus.signal import RELAXATION
+from omnimri.platform.corpus.truth import Lesion
 from omnimri.platform.evaluation.text import UNSTATED, compare_reports, label_text
 
 
@@ -74,20 +76,30 @@ def test_two_normal_reports_agree() -> None:
     assert compare_reports("No haemorrhage.", "Normal brain, no mass.").agrees
 
 
-def _lesion(label: str, side: str) -> Lesion:
-    return Lesion(label=label, side=side, region="frontal lobe", box_voxel=(0, 0, 0, 2, 8, 8), extent_mm=16)
+_DIAGNOSIS_OF = {finding: diagnosis for diagnosis, finding in FINDING_OF.items()}
 
 
-@pytest.mark.parametrize("contrast", list(PROTOCOLS))
-@pytest.mark.parametrize("side", SIDES)
+def _case(finding: str | None, contrast: str, *sides: str) -> Case:
+    box = (0, 0, 0, 2, 8, 8)
+    lesions = [Lesion(label=str(finding), side=s, region="frontal lobe", box_voxel=box, size_mm=16) for s in sides]
+    return Case(
+        diagnosis=_DIAGNOSIS_OF[finding], lesions=lesions, contrast=contrast, sequence_kind="spin echo",
+        field_strength_t=3.0, brightness=dict.fromkeys(RELAXATION[3.0], 1.3), snr=30.0,
+        has_wide_ventricles=False, pushes_brain=finding in ("oedematous mass", "haemorrhage"),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("contrast", CONTRASTS)
+@pytest.mark.parametrize("side", ("left", "right"))
 @pytest.mark.parametrize("finding", FINDINGS)
 def test_reports_of_the_built_in_corpus_are_read_as_they_were_meant(finding: str, side: str, contrast: str) -> None:
-    report = write_report([_lesion(finding, side)], PROTOCOLS[contrast], 3.0, np.random.default_rng(0))
-    assert label_text(report) == {(finding, side)}
+    for seed in range(8):
+        report = write_report(_case(finding, contrast, side), np.random.default_rng(seed))
+        assert label_text(report) == {(finding, side)}
 
 
 def test_plaques_on_both_sides_and_normal_reports_of_the_built_in_corpus() -> None:
-    rng, protocol = np.random.default_rng(0), PROTOCOLS["FLAIR"]
-    plaques = [_lesion("demyelinating plaque", side) for side in ("right", "left")]
-    assert label_text(write_report(plaques, protocol, 1.5, rng)) == {(p.label, p.side) for p in plaques}
-    assert not any(label_text(write_report([], protocol, 3.0, rng)) for _ in range(8))
+    rng, plaques = np.random.default_rng(0), _case("demyelinating plaque", "FLAIR", "right", "left")
+    expected = {("demyelinating plaque", side) for side in ("left", "right")}
+    assert label_text(write_report(plaques, rng)) == expected
+    assert not any(label_text(write_report(_case(None, "T2w"), rng)) for _ in range(8))
