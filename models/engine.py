@@ -286,9 +286,9 @@ class Engine:
             local = SenseOperator(operator.sens_maps[chunk], operator.mask)
             zero_filled = local.adjoint(kspace[chunk])
             scale = zero_filled.abs().amax(dim=(-2, -1)).clamp_min(1e-12)[:, None, None]
-            measured = Measurement(kspace[chunk] / scale[:, None], local, zero_filled / scale)
+            measured = Measurement.start(kspace[chunk] / scale[:, None], local, decoder.config)
             image = decoder.reconstruct(
-                measured, queries.expand(len(chunk), -1, -1), slice_pyramid(self.model, measured.zero_filled.abs()),
+                measured, queries.expand(len(chunk), -1, -1), slice_pyramid(self.model, measured.initial.abs()),
                 num_steps=num_steps, noise=decoder.config.recon_noise if noisy else 0.0, generator=generator,
             )  # fmt: skip
             images.append(image * scale)

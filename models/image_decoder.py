@@ -1,6 +1,6 @@
 """Image decoder: a diffusion trunk that reconstructs and segments by bridges, with data consistency inside.
 
-Reconstruction walks from the zero-filled image to the image (I2SB, arXiv 2302.05872; InDI, arXiv 2303.11435);
+Reconstruction walks from the SENSE image to the image (I2SB, arXiv 2302.05872; InDI, arXiv 2303.11435);
 segmentation from a neutral mask to the mask in [-1, 1]. The trunk predicts the clean image `x0`; a diffusers
 scheduler takes the step. What to do comes from the backbone's query states by cross-attention; the image itself by
 channels and by the Swin pyramid, since fine detail would not survive the backbone.
@@ -37,8 +37,17 @@ class Measurement:
     kspace: Tensor
     """Complex `(B, C, H, W)`, zero where not acquired."""
     operator: SenseOperator
-    zero_filled: Tensor
-    """Complex `(B, H, W)`: coil-combined adjoint."""
+    initial: Tensor
+    """Complex `(B, H, W)`: where the bridge starts, the zero-filled image made consistent with the data."""
+
+    @classmethod
+    def start(cls, kspace: Tensor, operator: SenseOperator, config: ImageDecoderConfig) -> Measurement:
+        """Begin with regularised SENSE: most of the aliasing is gone before the network looks."""
+        zero_filled = operator.adjoint(kspace)
+        initial = data_consistency(
+            zero_filled, kspace, operator, weight=config.consistency_weight, num_steps=config.consistency_steps
+        )
+        return cls(kspace, operator, initial)
 
 
 class ImageDecoder(nn.Module):
@@ -78,7 +87,7 @@ class ImageDecoder(nn.Module):
 
         Args:
             state: `(B, 2, H, W)`, the bridge's `x_t` (real and imaginary part, or mask and zero).
-            image: `(B, 2, H, W)`, what is being read (zero-filled real and imaginary part, or magnitude and zero).
+            image: `(B, 2, H, W)`, what is being read (real and imaginary part of the start, or magnitude and zero).
             time: `(B,)` in (0, 1]; 1 is where the bridge starts.
             task: RECONSTRUCT or SEGMENT.
             condition: `(B, K, P)` from the query connector.
@@ -113,9 +122,9 @@ class ImageDecoder(nn.Module):
         self, state: Tensor, time: Tensor, measured: Measurement, condition: Tensor, pyramid: list[Tensor],
         *, consistent: bool = True,
     ) -> Tensor:  # fmt: skip
-        """Clean complex image `x0` `(B, H, W)`: zero-filled plus residual, then data consistency in float32."""
-        residual = self(as_channels(state), as_channels(measured.zero_filled), time, RECONSTRUCT, condition, pyramid)
-        estimate = measured.zero_filled + torch.complex(residual[:, 0].float(), residual[:, 1].float())
+        """Clean complex image `x0` `(B, H, W)`: the start plus a residual, then data consistency in float32."""
+        residual = self(as_channels(state), as_channels(measured.initial), time, RECONSTRUCT, condition, pyramid)
+        estimate = measured.initial + torch.complex(residual[:, 0].float(), residual[:, 1].float())
         if not consistent:
             return estimate
         return data_consistency(
@@ -138,8 +147,8 @@ class ImageDecoder(nn.Module):
         self, measured: Measurement, condition: Tensor, pyramid: list[Tensor],
         *, num_steps: int, noise: float = 0.0, generator: torch.Generator | None = None,
     ) -> Tensor:  # fmt: skip
-        """Walk the bridge from the zero-filled image; complex `(B, H, W)`. `noise` > 0 samples it stochastically."""
-        state = measured.zero_filled
+        """Walk the bridge from its start; complex `(B, H, W)`. `noise` > 0 samples it stochastically."""
+        state = measured.initial
         batch = state.shape[0]
         for scheduler, time, following in _steps(num_steps):
             clean = self.predict_image(state, state.real.new_full((batch,), time), measured, condition, pyramid)

@@ -47,7 +47,7 @@ class LossWeights:
     """Stages 3 and 4: size of the router's logits."""
     image: float = 1.0
     """Stage 4: image losses, beside the text loss at 1."""
-    bridge_share: float = 0.5
+    bridge_share: float = 0.2
     """Stage 4: share of samples drawn inside the bridge; the others stand at its start, where one step decides."""
 
 
@@ -173,11 +173,11 @@ class InstructionTuning(nn.Module):
         visual = self.model.aligned_tokens(batch["volume"], batch["spacing_mm"], batch["contrast"])
         hidden, _ = _run_backbone(self.model, batch, visual)
         if "kspace" in batch:
-            measured = _measurement(batch)
+            measured = self._measurement(batch)
             answer = self.model.image_decoder.reconstruct(
-                measured, self._condition(batch, hidden), self._pyramid(measured.zero_filled.abs()), num_steps=1
+                measured, self._condition(batch, hidden), self._pyramid(measured.initial.abs()), num_steps=1
             )
-            return {"reconstruct": _tiles(measured.zero_filled.abs(), answer.abs(), batch["target"].abs())}
+            return {"reconstruct": _tiles(measured.initial.abs(), answer.abs(), batch["target"].abs())}
         if "slice_target" in batch:
             answer = self.model.image_decoder.segment(
                 batch["slices"], self._condition(batch, hidden), self._pyramid(batch["slices"]), num_steps=1
@@ -193,14 +193,18 @@ class InstructionTuning(nn.Module):
 
     def _reconstruction_loss(self, batch: Batch, condition: Tensor) -> Tensor:
         """Mean absolute error of the complex image plus half of one minus SSIM of its magnitude."""
-        measured = _measurement(batch)
-        pyramid = self._pyramid(measured.zero_filled.abs())
+        measured = self._measurement(batch)
+        pyramid = self._pyramid(measured.initial.abs())
         target = batch["target"]
         time = self._times(len(target), target.device)
-        state = bridge_state(target, measured.zero_filled, time, self.model.config.image_decoder.recon_noise)
+        state = bridge_state(target, measured.initial, time, self.model.config.image_decoder.recon_noise)
         clean = self.model.image_decoder.predict_image(state, time, measured, condition, pyramid)
         difference = torch.view_as_real(clean - target).abs().mean() * 10.0
         return difference + 0.5 * (1 - _ssim(clean.abs(), target.abs()))
+
+    def _measurement(self, batch: Batch) -> Measurement:
+        operator = SenseOperator(batch["sens_maps"], batch["mask"][:, None, None])
+        return Measurement.start(batch["kspace"], operator, self.model.config.image_decoder)
 
     def _segmentation_losses(self, batch: Batch, condition: Tensor) -> Losses:
         """Cross-entropy plus Dice over the batch, of the mask logit (nnU-Net's loss)."""
@@ -226,11 +230,6 @@ class InstructionTuning(nn.Module):
     def _pyramid(self, slices: Tensor) -> list[Tensor]:
         """Swin maps of slices `(B, H, W)` as volumes of depth one; the encoder is frozen."""
         return slice_pyramid(self.model, slices)
-
-
-def _measurement(batch: Batch) -> Measurement:
-    operator = SenseOperator(batch["sens_maps"], batch["mask"][:, None, None])
-    return Measurement(batch["kspace"], operator, operator.adjoint(batch["kspace"]))
 
 
 def _tiles(*columns: Tensor, rows: int = 4) -> np.ndarray:

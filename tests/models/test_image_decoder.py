@@ -28,17 +28,17 @@ def measurement(rng: torch.Generator, height: int = 48, width: int = 40) -> tupl
     truth = torch.randn(2, height, width, dtype=torch.complex64, generator=rng)
     operator = SenseOperator(maps, torch.arange(width) % 2 == 0)
     kspace = operator.forward(truth)
-    return Measurement(kspace, operator, operator.adjoint(kspace)), truth
+    return Measurement.start(kspace, operator, preset("tiny").image_decoder), truth
 
 
-def test_untrained_decoder_starts_at_the_zero_filled_image(rng: torch.Generator) -> None:
+def test_untrained_decoder_returns_the_start_of_the_bridge(rng: torch.Generator) -> None:
     """The last convolution starts at zero, so that training begins where the data are."""
     decoder, condition, pyramid = decoder_and_inputs(rng)
     measured, _ = measurement(rng)
     estimate = decoder.predict_image(
-        measured.zero_filled, torch.ones(2), measured, condition, pyramid, consistent=False
+        measured.initial, torch.ones(2), measured, condition, pyramid, consistent=False
     )
-    torch.testing.assert_close(estimate, measured.zero_filled)
+    torch.testing.assert_close(estimate, measured.initial)
 
 
 @pytest.mark.parametrize("num_steps", [1, 3, 8])
@@ -57,7 +57,7 @@ def test_reconstruction_stays_true_to_the_measurement(rng: torch.Generator) -> N
     decoder, condition, pyramid = decoder_and_inputs(rng)
     measured, _ = measurement(rng)
     image = decoder.reconstruct(measured, condition, pyramid, num_steps=4)
-    before = relative_residual(measured.zero_filled, measured.kspace, measured.operator)
+    before = relative_residual(measured.operator.adjoint(measured.kspace), measured.kspace, measured.operator)
     after = relative_residual(image, measured.kspace, measured.operator)
     assert (after < 0.2 * before).all()
 

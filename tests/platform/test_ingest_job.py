@@ -266,7 +266,7 @@ def test_the_built_in_corpus_comes_through_whole_in_every_format(tmp_path: Path)
     labels = [to_canonical(row["label_map"], np.reshape(row["affine"], (4, 4))) for row in rows]
     for canonical in labels[1:]:
         np.testing.assert_allclose(canonical.affine, labels[0].affine, atol=2e-3)
-        np.testing.assert_array_equal(canonical.image, labels[0].image)
+        np.testing.assert_array_equal(canonical.array, labels[0].array)
     for row in rows:
         head = row["image"] > 0.05 * row["image"].max()
         assert (head & (row["label_map"] > 0)).sum() > 0.9 * (row["label_map"] > 0).sum()
