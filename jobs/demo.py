@@ -38,12 +38,19 @@ REAL_DICOM = ("examples_overlay.dcm", "MR_small.dcm")
 REFUSED_DICOM = ("CT_small.dcm", "MR_truncated.dcm")
 
 
+LIMITS = (
+    "sweep.steps=12", "sweep.grace_steps=6", "sweep.report_every=6",
+    "evaluate.max_volumes=16", "evaluate.max_image_volumes=6", "evaluate.max_new_tokens=120",
+)  # fmt: skip
+"""What keeps the demo short; `--set` still overrides."""
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the job; returns the exit status."""
     parser = job_parser("demo", __doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="RUNDIR", help="default: %(default)s")
     parser.add_argument("--patients", type=int, default=40, metavar="N", help="simulated patients (default: 40)")
-    parser.add_argument("--trials", type=int, default=4, metavar="N", help="trials of the sweep (default: 4)")
+    parser.add_argument("--trials", type=int, default=2, metavar="N", help="trials of the sweep (default: 2)")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE",
                         help="any field, as in `omnimri pipeline`")  # fmt: skip
     args = parser.parse_args(argv)
@@ -52,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> None:
     started, out = time.monotonic(), args.out.absolute()
-    config = make_config(out, "tiny", args.trials, args.overrides)
+    config = make_config(out, "tiny", args.trials, [*LIMITS, *args.overrides])
     with ensure_ray():
         corpus = write_corpus(out / "corpus", CorpusConfig(num_patients=args.patients)).out
         sources = [corpus, *collect_real_files(out / "real_files")]

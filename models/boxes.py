@@ -86,7 +86,9 @@ def text_to_boxes(text: str, coder: BoxCoder) -> list[Box]:
 def _read_entry(entry: object, coder: BoxCoder) -> Box:
     fields = entry if isinstance(entry, dict) else {}
     label, integers = fields.get("label"), fields.get("box")
-    valid = isinstance(integers, list) and len(integers) == 6 and all(type(v) is int and 0 <= v <= STEPS for v in integers)
+    valid = (
+        isinstance(integers, list) and len(integers) == 6 and all(type(v) is int and 0 <= v <= STEPS for v in integers)
+    )
     if not isinstance(label, str) or not valid:
         raise ValueError(f"Detection entry: expected label, side and six integers 0-{STEPS}, found {str(entry)[:80]}.")
     return Box(label=label, side=fields.get("side") or None, box_voxel=coder.decode(integers))

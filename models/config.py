@@ -94,7 +94,7 @@ class ImageDecoderConfig:
     """Standard deviation s of the segmentation bridge; masks live in [-1, 1]."""
     consistency_weight: float = 0.02
     """Regularisation of conjugate-gradient data consistency; larger trusts the network more."""
-    consistency_steps: int = 5
+    consistency_steps: int = 4
     """Conjugate-gradient iterations inside each sampling step."""
 
 

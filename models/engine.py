@@ -295,9 +295,7 @@ class Engine:
         return torch.cat(images)
 
     @torch.inference_mode()
-    def segment(
-        self, scan: Scan, prompts: dict[str, Prompt], *, num_steps: int = 2, seed: int = 0
-    ) -> Segmentation:
+    def segment(self, scan: Scan, prompts: dict[str, Prompt], *, num_steps: int = 2, seed: int = 0) -> Segmentation:
         """Masks of the structures that the prompts ask for, one prompt each.
 
         Args:

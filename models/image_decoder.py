@@ -137,9 +137,7 @@ class ImageDecoder(nn.Module):
     ) -> Tensor:
         """Mask logit `(B, H, W)`; `state` and `image` are `(B, H, W)`."""
         zero = torch.zeros_like(state)
-        output = self(
-            torch.stack([state, zero], 1), torch.stack([image, zero], 1), time, SEGMENT, condition, pyramid
-        )
+        output = self(torch.stack([state, zero], 1), torch.stack([image, zero], 1), time, SEGMENT, condition, pyramid)
         return output[:, 2]
 
     @torch.no_grad()

@@ -155,7 +155,8 @@ class InstructionTuning(nn.Module):
 
     def forward(self, batch: Batch) -> Losses:
         """`batch`: the sequence fields of stage 3, and `kspace`, `mask`, `sens_maps`, `target` or `slices`,
-        `slice_target` for image answers, S slices per volume flattened into the batch."""
+        `slice_target` for image answers, S slices per volume flattened into the batch.
+        """
         visual = self.model.aligned_tokens(batch["volume"], batch["spacing_mm"], batch["contrast"])
         hidden, losses = _run_backbone(self.model, batch, visual)
         losses["loss"] = losses["loss_text"] + _router_terms(losses, self.weights)
@@ -234,14 +235,18 @@ class InstructionTuning(nn.Module):
 
 def _tiles(*columns: Tensor, rows: int = 4) -> np.ndarray:
     """Slices `(B, H, W)` of several kinds side by side, each scaled to [0, 1], the first few below one another."""
-    scaled = [(c - c.amin((1, 2), True)) / (c.amax((1, 2), True) - c.amin((1, 2), True)).clamp_min(1e-6) for c in columns]
+    scaled = [
+        (c - c.amin((1, 2), True)) / (c.amax((1, 2), True) - c.amin((1, 2), True)).clamp_min(1e-6) for c in columns
+    ]
     return torch.cat([torch.cat(list(c[:rows]), dim=0) for c in scaled], dim=1).float().cpu().numpy()
 
 
 def slice_pyramid(model: OmniMRI, slices: Tensor) -> list[Tensor]:
     """Feature maps `(B, E, H', W')` of slices `(B, H, W)`, each standardised over its foreground."""
     flat = slices.flatten(1)
-    foreground = (flat > flat.amin(1, keepdim=True) + 0.1 * (flat.amax(1, keepdim=True) - flat.amin(1, keepdim=True))).float()
+    foreground = (
+        flat > flat.amin(1, keepdim=True) + 0.1 * (flat.amax(1, keepdim=True) - flat.amin(1, keepdim=True))
+    ).float()
     count = foreground.sum(1, keepdim=True).clamp_min(1)
     mean = (flat * foreground).sum(1, keepdim=True) / count
     variance = ((flat - mean).square() * foreground).sum(1, keepdim=True) / count
@@ -255,7 +260,9 @@ def _run_backbone(model: OmniMRI, batch: Batch, visual: Tensor) -> tuple[Tensor,
     ids, labels = batch["token_ids"], batch["labels"]
     real = torch.arange(ids.shape[1], device=ids.device)[None] < batch["lengths"][:, None]
     output = model.backbone.model(
-        inputs_embeds=model.embed(ids, visual, batch["visual_places"]), attention_mask=real.long(), output_router_logits=True
+        inputs_embeds=model.embed(ids, visual, batch["visual_places"]),
+        attention_mask=real.long(),
+        output_router_logits=True,
     )
     hidden = output.last_hidden_state
     predicts = labels[:, 1:] != IGNORED
@@ -282,9 +289,7 @@ def _router_terms(losses: Losses, weights: LossWeights) -> Tensor:
     return weights.balance * losses["loss_balance"] + weights.router_z * losses["loss_router_z"]
 
 
-def _spread(
-    blocks: Tensor, block: tuple[int, int, int], cell: tuple[int, int, int], shape: tuple[int, ...]
-) -> Tensor:
+def _spread(blocks: Tensor, block: tuple[int, int, int], cell: tuple[int, int, int], shape: tuple[int, ...]) -> Tensor:
     """Blocks `(B, d, h, w)` of `block` voxels on a grid whose cells are `cell` voxels, cut to the volume's shape."""
     for axis, (size, unit) in enumerate(zip(block, cell, strict=True), start=1):
         blocks = blocks.repeat_interleave(size // unit, dim=axis)

@@ -66,7 +66,8 @@ class ClipHead(nn.Module):
 
     def forward(self, tokens: Tensor, text_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Unit vectors `(B, D)` of images (aligned tokens `(B, N, H)`, pooled by attention) and of texts
-        (last states `(B, H_t)`), and the logit scale, at most 100."""
+        (last states `(B, H_t)`), and the logit scale, at most 100.
+        """
         tokens = nn.functional.rms_norm(tokens, tokens.shape[-1:])
         weights = self.attention(tokens).softmax(dim=1)
         image = nn.functional.normalize(self.image((weights * tokens).sum(1)), dim=-1)

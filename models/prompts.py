@@ -65,9 +65,7 @@ _SYNONYMS = {
 }
 
 
-def instruction_for(
-    task: str, *, structure: str | None = None, rng: np.random.Generator | None = None
-) -> str:
+def instruction_for(task: str, *, structure: str | None = None, rng: np.random.Generator | None = None) -> str:
     """An instruction of that task: the first phrasing, or a random one.
 
     Raises:
@@ -92,7 +90,9 @@ def task_of(instruction: str) -> str:
     for task, triggers in _TASK_WORDS.items():
         if any(trigger in words for trigger in triggers):
             return task
-    raise ValueError(f"The instruction names none of the tasks {', '.join(TASKS)}; say for example 'Segment the lesion.'")
+    raise ValueError(
+        f"The instruction names none of the tasks {', '.join(TASKS)}; say for example 'Segment the lesion.'"
+    )
 
 
 def structures_of(instruction: str) -> list[str]:

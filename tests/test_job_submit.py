@@ -174,3 +174,21 @@ def test_only_sources_are_uploaded() -> None:
             uploaded = set(file.namelist()) - {".gitignore", ".rayignore"}
         archive.unlink()
     assert {file for file in uploaded if not file.endswith("/")} == wanted
+
+
+def test_the_whole_pipeline_runs_as_a_submitted_job(ray_head: RayHead) -> None:
+    """Corpus, four stages, evaluation and registry from the uninstalled tree, at small numbers."""
+    with tempfile.TemporaryDirectory() as folder:
+        settings = (
+            "run.train.steps=2", "run.train.checkpoint_every=2", "run.stream.num_tasks=1", "evaluate.max_volumes=1",
+            "evaluate.max_slices=4", "evaluate.tasks=reconstruct,diagnose", "evaluate.bootstrap_samples=0",
+            "evaluate.num_workers=1",
+        )  # fmt: skip
+        said = ray_head.submit(
+            "python", "-m", "omnimri.jobs.pipeline", "--preset", "tiny", "--out", f"{folder}/run", "--patients", "5",
+            *(part for setting in settings for part in ("--set", setting)), timeout_s=900,
+        )  # fmt: skip
+        assert "succeeded" in said
+        assert (Path(folder) / "run" / "instruct" / "model" / "omnimri.json").is_file()
+        assert (Path(folder) / "run" / "evaluation" / "index.html").is_file()
+        assert "@champion" in said

@@ -41,9 +41,9 @@ class ViewOptions:
     """How samples are drawn from rows."""
 
     preprocess: Preprocess
-    slices_per_sample: int = 2
+    slices_per_sample: int = 4
     """Slices that an image sample takes of one volume."""
-    accelerations: tuple[int, ...] = (4, 4, 6, 8, 8)
+    accelerations: tuple[int, ...] = (4, 4, 8)
     """Drawn from with equal chance; repeat one to weigh it."""
     absent_share: float = 0.1
     """Share of segmentation samples that ask for a lesion in a volume without one."""
@@ -77,7 +77,7 @@ def image_sample(row: Row, rng: np.random.Generator, options: ViewOptions) -> Sa
 def slice_sample(row: Row, rng: np.random.Generator, options: ViewOptions) -> Sample:
     """Single slices as volumes of depth one, `volumes` `(S, 1, 1, H, W)`."""
     slices = options.preprocess.slices(row_to_scan(row)).slices
-    chosen = _draw(np.ptp(slices.numpy(), axis=(1, 2)) > 0.5, 2 * options.slices_per_sample, rng)
+    chosen = _draw(np.ptp(slices.numpy(), axis=(1, 2)) > 0.5, options.slices_per_sample, rng)
     attributes = np.repeat(_attributes(row)[None], len(chosen), axis=0)
     return {"volumes": _to_slice_grid(slices[chosen], options).numpy()[:, None, None], "attributes": attributes}
 
@@ -124,7 +124,7 @@ def reconstruction_sample(row: Row, rng: np.random.Generator, options: ViewOptio
     scan = undersample(
         row_to_scan(row),
         acceleration=acceleration,
-        kind=str(rng.choice(["equispaced", "random"])),
+        kind=str(rng.choice(["equispaced", "random"], p=[0.7, 0.3])),
         seed=int(rng.integers(2**31)),
     )
     full = torch.tensor(row["kspace"])

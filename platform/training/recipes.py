@@ -7,7 +7,7 @@ from pathlib import Path
 
 from omnimri.models.config import preset
 from omnimri.platform.data.stream import StreamConfig
-from omnimri.platform.training.config import RunConfig, ScalingConfig, StageConfigs, TrainConfig
+from omnimri.platform.training.config import DEFAULT_WEIGHTS, RunConfig, ScalingConfig, StageConfigs, TrainConfig
 from omnimri.platform.training.zero import ZeroConfig
 
 Folder = Path | str
@@ -19,28 +19,39 @@ def tiny(name: str, data: Sequence[Folder], out: Folder) -> RunConfig:
     Command: `omnimri train --stage all --preset tiny --data DIR --out RUNDIR`
     """
     rows = {
-        "image": 8,
-        "image.slices": 8,
-        "paired": 16,
-        "instruct.reconstruct": 4,
-        "instruct.segment": 4,
-        "instruct.text": 8,
+        "image": 4,
+        "image.slices": 4,
+        "paired": 8,
+        "instruct.reconstruct": 2,
+        "instruct.segment": 2,
+        "instruct.text": 6,
     }
-    common = {"rows_per_step": rows, "log_every": 10, "checkpoint_every": 100}
+    # Volumes cost four times what slices cost; images need more steps than words.
+    weights = {
+        "image": 0.3,
+        "image.slices": 0.7,
+        "paired": 1.0,
+        "instruct.reconstruct": 0.5,
+        "instruct.segment": 0.3,
+        "instruct.text": 0.2,
+    }
+    common = {"rows_per_step": rows, "weights": weights, "log_every": 10, "checkpoint_every": 100}
     return RunConfig(
         name=name,
         model=preset("tiny"),
         data=_absolute(data),
         out=_absolute([out])[0],
         train=StageConfigs(
-            vision=TrainConfig(steps=120, lr=1e-3, **common),
-            align=TrainConfig(steps=100, lr=1e-3, weight_decay=0.1, **common),
-            multimodal=TrainConfig(
-                steps=120, lr=1e-3, weight_decay=0.1, **(common | {"rows_per_step": rows | {"paired": 8}})
-            ),
-            instruct=TrainConfig(steps=600, lr=1e-3, **common),
+            vision=TrainConfig(steps=50, lr=1e-3, **common),
+            align=TrainConfig(steps=60, lr=1e-3, weight_decay=0.1, **common),
+            multimodal=TrainConfig(steps=50, lr=1e-3, weight_decay=0.1, **(common | {"weights": weights | _ONLY_TEXT})),
+            instruct=TrainConfig(steps=500, lr=1e-3, **common),
         ),
     )
+
+
+_ONLY_TEXT = {"instruct.reconstruct": 0.0, "instruct.segment": 0.0, "instruct.text": 1.0}
+"""Stage 3 has no image decoder: its instructions are those with answers in text."""
 
 
 def small(name: str, data: Sequence[Folder], out: Folder) -> RunConfig:
@@ -108,7 +119,13 @@ def _large(
             vision=TrainConfig(steps=100_000, lr=4e-4, **common),
             align=TrainConfig(steps=20_000, lr=1e-3, weight_decay=0.1, lr_scale={"text_encoder": 0.01}, **common),
             multimodal=TrainConfig(
-                steps=80_000, lr=1e-4, weight_decay=0.1, lr_scale={"backbone": 0.2}, warmup_share=0.03, **common
+                steps=80_000,
+                lr=1e-4,
+                weight_decay=0.1,
+                lr_scale={"backbone": 0.2},
+                warmup_share=0.03,
+                weights=dict(DEFAULT_WEIGHTS) | _ONLY_TEXT,
+                **common,
             ),
             instruct=TrainConfig(
                 steps=70_000, lr=1e-4, weight_decay=0.1, lr_scale={"backbone": 0.2}, warmup_share=0.03, **common

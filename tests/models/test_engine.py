@@ -20,7 +20,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("checkpoint")
     config = preset("tiny")
-    tokenizer = train_tokenizer(["Most likely diagnosis: old infarct. Report this MRI."] * 3, config.backbone.vocab_size)
+    tokenizer = train_tokenizer(
+        ["Most likely diagnosis: old infarct. Report this MRI."] * 3, config.backbone.vocab_size
+    )
     OmniMRI(config).save(folder, tokenizer, version="test-1", run={"seed": 0})
     return folder
 
@@ -81,7 +83,9 @@ def test_presets_instantiate_without_memory(name: str) -> None:
     with torch.device("meta"):
         model = OmniMRI(preset(name))
     count = sum(p.numel() for p in model.backbone.parameters())
-    assert {"small": 1.0e9, "base": 3.5e9, "7b": 12.5e9}[name] < count < {"small": 1.2e9, "base": 4.2e9, "7b": 14e9}[name]
+    assert (
+        {"small": 1.0e9, "base": 3.5e9, "7b": 12.5e9}[name] < count < {"small": 1.2e9, "base": 4.2e9, "7b": 14e9}[name]
+    )
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -127,7 +131,9 @@ def test_masks_come_back_on_the_native_grid(engine: Engine, scan: Scan) -> None:
     assert all(mask.shape == scan.image.shape and mask.dtype == bool for mask in result.masks.values())
 
 
-def test_replicas_that_hold_only_their_parts_give_the_same_answers(checkpoint: Path, engine: Engine, scan: Scan) -> None:
+def test_replicas_that_hold_only_their_parts_give_the_same_answers(
+    checkpoint: Path, engine: Engine, scan: Scan
+) -> None:
     """What crosses is arrays: an encoder replica's prompt, decoded by a text and an image replica."""
     encoder = Engine.load(checkpoint, parts=("encoder",))
     text, image = Engine.load(checkpoint, parts=("text",)), Engine.load(checkpoint, parts=("image",))

@@ -14,9 +14,7 @@ from omnimri.models.preprocess import Preprocess
 from omnimri.models.scan import Scan
 
 ORIENTATIONS = [
-    "".join(axes)
-    for order in itertools.permutations(["RL", "AP", "SI"])
-    for axes in itertools.product(*order)
+    "".join(axes) for order in itertools.permutations(["RL", "AP", "SI"]) for axes in itertools.product(*order)
 ]
 
 
@@ -29,9 +27,7 @@ def scan_oriented(codes: str, shape_ras: tuple[int, int, int] = (40, 48, 12)) ->
     data[block] = 5.0
     image = nib.Nifti1Image(data, np.array([[2.0, 0, 0, -40], [0, 2.0, 0, -50], [0, 0, 6.0, -30], [0, 0, 0, 1]]))
     marked = nib.Nifti1Image(block.astype(np.uint8), image.affine)
-    ornt = nib.orientations.ornt_transform(
-        nib.orientations.axcodes2ornt("RAS"), nib.orientations.axcodes2ornt(codes)
-    )
+    ornt = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"), nib.orientations.axcodes2ornt(codes))
     turned, mask = image.as_reoriented(ornt), marked.as_reoriented(ornt)
     scan = Scan(image=np.asarray(turned.dataobj).transpose(2, 1, 0), affine=turned.affine)
     return scan, np.asarray(mask.dataobj).transpose(2, 1, 0).astype(bool)

@@ -35,9 +35,7 @@ def test_untrained_decoder_returns_the_start_of_the_bridge(rng: torch.Generator)
     """The last convolution starts at zero, so that training begins where the data are."""
     decoder, condition, pyramid = decoder_and_inputs(rng)
     measured, _ = measurement(rng)
-    estimate = decoder.predict_image(
-        measured.initial, torch.ones(2), measured, condition, pyramid, consistent=False
-    )
+    estimate = decoder.predict_image(measured.initial, torch.ones(2), measured, condition, pyramid, consistent=False)
     torch.testing.assert_close(estimate, measured.initial)
 
 

@@ -22,7 +22,9 @@ from omnimri.models.vocabulary import DIAGNOSES, STRUCTURES, TASKS
 
 @pytest.fixture(scope="module")
 def builder() -> SequenceBuilder:
-    return SequenceBuilder(train_tokenizer(["Segment the grey matter in this MRI."] * 3, 500), num_visual=5, num_queries=4)
+    return SequenceBuilder(
+        train_tokenizer(["Segment the grey matter in this MRI."] * 3, 500), num_visual=5, num_queries=4
+    )
 
 
 @pytest.mark.parametrize("task", TASKS)
