@@ -105,7 +105,7 @@ def ask_everything(url: str, patient: Path, out: Path) -> Iterator[tuple[str, di
             zipped.write(path, path.name)
     raw = next(path for path in sorted((patient / "raw").iterdir()) if not path.name.endswith(".mrd.h5"))
     for task in TASKS:
-        fields: dict[str, object] = {"structures": ",".join(STRUCTURES)} if task == "segment" else {}
+        fields: dict[str, Any] = {"structures": ",".join(STRUCTURES)} if task == "segment" else {}
         if task == "reconstruct":
             fields = {"acceleration": 4}
         yield task, ask(url, task, raw if task == "reconstruct" else archive, out / task, **fields)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +23,7 @@ class Box:
 
     label: str
     side: str | None
-    box_voxel: tuple[int, int, int, int, int, int]
+    box_voxel: tuple[int, ...]
     """Half-open `[z1, y1, x1, z2, y2, x2]`."""
 
 
@@ -43,14 +44,16 @@ class BoxCoder:
         share = (corners - np.tile(self._origin, 2)) / np.tile(self._extent, 2)
         return [int(v) for v in np.clip(np.round(share * STEPS), 0, STEPS)]
 
-    def decode(self, integers: list[int]) -> tuple[int, int, int, int, int, int]:
+    def decode(self, integers: Sequence[int]) -> tuple[int, int, int, int, int, int]:
         """Six integers to a voxel box inside the scan, at least one voxel wide."""
         share = np.array(integers, dtype=float) / STEPS
         corners = share * np.tile(self._extent, 2) + np.tile(self._origin, 2)
         native = self._corners(corners, np.linalg.inv(self._to_canonical))
         low = np.clip(np.round(native[:3]), 0, self._shape - 1).astype(int)
         high = np.clip(np.maximum(np.round(native[3:]), low + 1), 1, self._shape).astype(int)
-        return tuple(int(v) for v in (*low, *high))
+        z1, y1, x1 = (int(v) for v in low)
+        z2, y2, x2 = (int(v) for v in high)
+        return z1, y1, x1, z2, y2, x2
 
     @staticmethod
     def _corners(box: np.ndarray, matrix: np.ndarray) -> np.ndarray:
@@ -89,6 +92,6 @@ def _read_entry(entry: object, coder: BoxCoder) -> Box:
     valid = (
         isinstance(integers, list) and len(integers) == 6 and all(type(v) is int and 0 <= v <= STEPS for v in integers)
     )
-    if not isinstance(label, str) or not valid:
+    if not isinstance(label, str) or not isinstance(integers, list) or not valid:
         raise ValueError(f"Detection entry: expected label, side and six integers 0-{STEPS}, found {str(entry)[:80]}.")
     return Box(label=label, side=fields.get("side") or None, box_voxel=coder.decode(integers))

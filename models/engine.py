@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from omnimri.models import tokenizer as special
 from omnimri.models.boxes import Box, BoxCoder, text_to_boxes
 from omnimri.models.collate import sequence_batch
+from omnimri.models.config import OmniMRIConfig
 from omnimri.models.image_decoder import Measurement
 from omnimri.models.objectives import slice_pyramid
 from omnimri.models.omnimri import OmniMRI, read_index
@@ -324,7 +325,7 @@ class Engine:
         return Segmentation(masks={name: p >= 0.5 for name, p in probabilities.items()}, probabilities=probabilities)
 
 
-def sequence_builder(config, tokenizer: PreTrainedTokenizerBase) -> SequenceBuilder:
+def sequence_builder(config: OmniMRIConfig, tokenizer: PreTrainedTokenizerBase) -> SequenceBuilder:
     """The layout of token sequences for a model configuration."""
     grid = [-(-s // t) for s, t in zip(config.inputs.volume_shape, config.vision.token_stride, strict=True)]
     return SequenceBuilder(tokenizer, num_visual=math.prod(grid), num_queries=config.connector.num_queries)

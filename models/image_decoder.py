@@ -11,6 +11,7 @@ channels and by the Swin pyramid, since fine detail would not survive the backbo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -175,7 +176,7 @@ class ImageDecoder(nn.Module):
 
 
 def bridge_state(clean: Tensor, start: Tensor, time: Tensor, noise: float) -> Tensor:
-    """`x_t = (1 - t) x0 + t x1 + s sqrt(t (1 - t)) eps` (I2SB eq. 6 with constant s); any real or complex `(B, ...)`."""
+    """`x_t = (1 - t) x0 + t x1 + s sqrt(t (1 - t)) eps` (I2SB eq. 6, constant s); real or complex `(B, ...)`."""
     t = time.reshape(-1, *(1,) * (clean.ndim - 1))
     spread = noise * (t * (1 - t)).clamp_min(0).sqrt()
     return (1 - t) * clean + t * start + spread * torch.randn_like(clean)
@@ -208,7 +209,7 @@ def _steps(num_steps: int) -> list[tuple[FlowMatchEulerDiscreteScheduler, float,
     scheduler.set_timesteps(sigmas=[1 - i / num_steps for i in range(num_steps)])
     scheduler.set_begin_index(0)
     times = [float(s) for s in scheduler.sigmas]
-    return [(scheduler, time, following) for time, following in zip(times[:-1], times[1:], strict=True)]
+    return [(scheduler, time, following) for time, following in pairwise(times)]
 
 
 def _scheduled_step(scheduler: FlowMatchEulerDiscreteScheduler, state: Tensor, clean: Tensor, time: float) -> Tensor:

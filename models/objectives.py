@@ -101,7 +101,7 @@ class Alignment(nn.Module):
         self.model = model
 
     def forward(self, batch: Batch) -> Losses:
-        """`batch`: `volume`, `spacing_mm`, `contrast`, `text_ids` `(B, L)`, `text_lengths` `(B,)`, `text_group` `(B,)`."""
+        """`batch`: `volume`, `spacing_mm`, `contrast`, `text_ids` `(B, L)`, `text_lengths` and `text_group` `(B,)`."""
         tokens = self.model.aligned_tokens(batch["volume"], batch["spacing_mm"], batch["contrast"])
         places = torch.arange(batch["text_ids"].shape[1], device=tokens.device)
         attended = (places[None] < batch["text_lengths"][:, None]).long()
@@ -154,8 +154,9 @@ class InstructionTuning(nn.Module):
         self.model, self.weights = model, weights
 
     def forward(self, batch: Batch) -> Losses:
-        """`batch`: the sequence fields of stage 3, and `kspace`, `mask`, `sens_maps`, `target` or `slices`,
-        `slice_target` for image answers, S slices per volume flattened into the batch.
+        """`batch`: the fields of stage 3, and for image answers those of S slices per volume, flattened.
+
+        They are `kspace`, `mask`, `sens_maps`, `target`, or `slices` and `slice_target`.
         """
         visual = self.model.aligned_tokens(batch["volume"], batch["spacing_mm"], batch["contrast"])
         hidden, losses = _run_backbone(self.model, batch, visual)
@@ -170,7 +171,7 @@ class InstructionTuning(nn.Module):
 
     @torch.no_grad()
     def pictures(self, batch: Batch) -> dict[str, np.ndarray]:
-        """One row of the batch's first slices as it would be answered in one step: start | answer | truth, in [0, 1]."""
+        """The batch's first slices as answered in one step: start | answer | truth, in [0, 1]."""
         visual = self.model.aligned_tokens(batch["volume"], batch["spacing_mm"], batch["contrast"])
         hidden, _ = _run_backbone(self.model, batch, visual)
         if "kspace" in batch:

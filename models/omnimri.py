@@ -65,8 +65,11 @@ class ClipHead(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor([1 / 0.07]).log())  # one element: DeepSpeed sends no 0-d tensor
 
     def forward(self, tokens: Tensor, text_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Unit vectors `(B, D)` of images (aligned tokens `(B, N, H)`, pooled by attention) and of texts
-        (last states `(B, H_t)`), and the logit scale, at most 100.
+        """Unit vectors `(B, D)` of images and of texts, and the logit scale, at most 100.
+
+        Args:
+            tokens: Aligned visual tokens `(B, N, H)`, pooled by attention.
+            text_states: Last text states `(B, H_t)`.
         """
         tokens = nn.functional.rms_norm(tokens, tokens.shape[-1:])
         weights = self.attention(tokens).softmax(dim=1)

@@ -80,6 +80,8 @@ def instance_loss(
     Args:
         embeddings: `(2 B, D)`, the first view of every volume and then the second.
         attributes: Long `(B, A)`, negative where unknown.
+        temperature: Softmax temperature.
+        attribute_weight: Weight of a volume whose attributes all agree.
     """
     batch = attributes.shape[0]
     z = F.normalize(embeddings, dim=-1)

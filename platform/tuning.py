@@ -244,7 +244,7 @@ def write_results(results: Sequence[TrialResult], sweep: SweepConfig, out: Path,
     axes = figure.add_subplot()
     points = axes.scatter(
         [r.paired_share for r in scored],
-        [r.score for r in scored],
+        [r.score or 0.0 for r in scored],
         c=[r.num_experts for r in scored],
         s=[20 + 60 * r.steps / sweep.steps for r in scored],
     )

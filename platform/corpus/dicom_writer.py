@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage
+from pydicom.uid import UID, ExplicitVRLittleEndian, MRImageStorage
 
 from omnimri.platform.corpus.series import SeriesHeader, directions_lps, integer_scale, position_lps
 
@@ -49,7 +49,7 @@ def _identity(header: SeriesHeader, number: int) -> Dataset:
     dataset = Dataset()
     dataset.file_meta = FileMetaDataset()
     dataset.file_meta.MediaStorageSOPClassUID = MRImageStorage
-    dataset.file_meta.MediaStorageSOPInstanceUID = header.uid("instance", header.number, number)
+    dataset.file_meta.MediaStorageSOPInstanceUID = UID(header.uid("instance", header.number, number))
     dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
     dataset.SOPClassUID = MRImageStorage
     dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID

@@ -94,7 +94,7 @@ def _plan_infarct(template: Template, rng: np.random.Generator) -> LesionPlan:
     """A wedge with its base on the cortex of one hemisphere, 15 to 45 mm, pointing to the lateral ventricle."""
     centre = _site(template, rng, low=(30, -80, -15), high=(62, 50, 55), tissue="grey")
     inward = _LATERAL_VENTRICLE_MM * [np.sign(centre[0]), 1, 1] - centre
-    length = np.linalg.norm(inward)
+    length = float(np.linalg.norm(inward))
     depth = rng.uniform(15, min(38, 0.85 * length))
     wedge = Blob(
         centre_mm=centre, radii_mm=np.full(3, depth), rotation=np.eye(3), roughness=float(rng.uniform(0.06, 0.12))
@@ -108,6 +108,7 @@ def _plan_infarct(template: Template, rng: np.random.Generator) -> LesionPlan:
 def _paint_infarct(plan: LesionPlan, head: Head, waves: np.ndarray) -> dict[str, np.ndarray]:
     """The cavity reaches the skull; what is left of the wedge around it is gliosis."""
     (blob,) = plan.blobs
+    assert plan.apex_mm is not None
     axis = blob.centre_mm - plan.apex_mm
     depth = np.linalg.norm(axis)
     offset = head.mni_mm - _column(plan.apex_mm)

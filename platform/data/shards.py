@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -136,7 +136,7 @@ def load_row(ref: RowRef, columns: Sequence[str] | None = None) -> dict[str, Any
     return {name: _value(name, table.column(name)[0]) for name in names}
 
 
-def row_to_scan(row: dict[str, Any]) -> Scan:
+def row_to_scan(row: Mapping[str, Any]) -> Scan:
     """The scan of a row that was loaded with at least `image` and `affine`."""
     return Scan(
         image=row["image"],

@@ -68,8 +68,8 @@ def center_fraction_for(acceleration: int) -> float:
     return 0.08 if acceleration <= 4 else 0.04
 
 
-def image_sample(row: Row, rng: np.random.Generator, options: ViewOptions) -> Sample:
-    """The whole volume and its acquisition attributes."""
+def image_sample(row: Row, _: np.random.Generator, options: ViewOptions) -> Sample:
+    """The whole volume and its acquisition attributes; nothing of it is drawn."""
     volume = options.preprocess.volume(row_to_scan(row))
     return {"volume": volume.volume.numpy(), "attributes": _attributes(row)}
 
@@ -129,7 +129,7 @@ def reconstruction_sample(row: Row, rng: np.random.Generator, options: ViewOptio
     )
     full = torch.tensor(row["kspace"])
     signal = root_sum_of_squares(full).amax(dim=(-2, -1)).numpy()
-    chosen = _draw(signal > 0.1 * signal.max(), options.slices_per_sample, rng)
+    chosen = _draw(np.asarray(signal > 0.1 * signal.max()), options.slices_per_sample, rng)
     arrays = reconstruction_arrays(scan, chosen)
     maps = torch.from_numpy(arrays["sens_maps"])
     target = SenseOperator(maps, torch.tensor(True)).adjoint(full[chosen])
@@ -143,6 +143,7 @@ def reconstruction_sample(row: Row, rng: np.random.Generator, options: ViewOptio
 
 def undersample(scan: Scan, *, acceleration: int, kind: str, seed: int) -> Scan:
     """A fully sampled scan as if only some phase-encoding lines had been acquired; its image becomes zero-filled."""
+    assert scan.kspace is not None
     mask = undersampling_mask(
         scan.kspace.shape[-1],
         acceleration=acceleration,
@@ -157,6 +158,8 @@ def undersample(scan: Scan, *, acceleration: int, kind: str, seed: int) -> Scan:
 
 def reconstruction_arrays(scan: Scan, slices: np.ndarray) -> dict[str, np.ndarray]:
     """Measured k-space, mask and coil maps of some slices, with the scale they were divided by."""
+    assert scan.kspace is not None
+    assert scan.mask is not None
     kspace = torch.from_numpy(scan.kspace[slices])
     mask = torch.from_numpy(scan.mask)
     maps = estimate_sens_maps(kspace, mask)
@@ -180,7 +183,8 @@ def segmentation_sample(row: Row, rng: np.random.Generator, options: ViewOptions
     target = options.preprocess.slice_labels(structure_mask(row["label_map"], names, structure), scan, source.axis)
     anatomy = options.preprocess.slice_labels(row["label_map"] > 0, scan, source.axis).any(axis=(1, 2))
     present = target.any(axis=(1, 2))
-    chosen = _draw(present if structure == LESION and rng.random() < 0.7 else anatomy, options.slices_per_sample, rng)
+    wanted = present if structure == LESION and rng.random() < 0.7 else anatomy
+    chosen = _draw(np.asarray(wanted), options.slices_per_sample, rng)
     return _volume_fields(row, options) | {
         "task": "segment",
         "instruction": instruction_for("segment", structure=structure, rng=rng),
@@ -252,12 +256,16 @@ def _draw(allowed: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarr
     return np.sort(rng.choice(candidates, count, replace=len(candidates) < count))
 
 
+def _any_row(_: RowRef) -> bool:
+    return True
+
+
 _TASK_LABELS = {"detect": "boxes", "diagnose": "classes", "report": "report"}
 _FACTS = ("image", "affine", "contrast", "plane", "body_part", "field_strength_t", "vendor", "study_id")
 
 SOURCES: dict[str, Source] = {
-    "image": Source(kind="image", columns=_FACTS, accepts=lambda ref: True, make=image_sample),
-    "image.slices": Source(kind="image", columns=_FACTS, accepts=lambda ref: True, make=slice_sample),
+    "image": Source(kind="image", columns=_FACTS, accepts=_any_row, make=image_sample),
+    "image.slices": Source(kind="image", columns=_FACTS, accepts=_any_row, make=slice_sample),
     "paired": Source(
         kind="paired",
         columns=(*_FACTS, "description", "report"),

@@ -45,6 +45,7 @@ def case_mask(
 ) -> np.ndarray:
     """Phase-encoding lines `(X,)` for one volume; fixed by the row and the seed, as fastMRI fixes it by the file."""
     case_seed = zlib.crc32(f"{seed}/{row_id}/{acceleration}".encode())
+    assert scan.kspace is not None
     return physics.undersampling_mask(
         scan.kspace.shape[-1], acceleration=acceleration, center_fraction=center_fraction, kind=kind, seed=case_seed
     )
@@ -77,6 +78,7 @@ def fully_sampled(scan: Scan, acquisition: Acquisition) -> Tensor:
     What a perfect reconstruction in these maps would be. It differs from the target by the noise that a root sum of
     squares keeps in the air and the maps leave out, so it is the ceiling of every method that uses maps.
     """
+    assert scan.kspace is not None
     everything = torch.ones(scan.kspace.shape[-1], dtype=torch.bool)
     operator = physics.SenseOperator(acquisition.operator.sens_maps, everything)
     return operator.adjoint(torch.tensor(scan.kspace))

@@ -167,7 +167,7 @@ def _run(
         if result.skipped:
             skipped[unit.task, result.skipped] += 1
         if result.picture:
-            np.savez_compressed(folder / picture_name(unit.task, unit.ref.row_id), **result.picture)
+            np.savez_compressed(folder / picture_name(unit.task, unit.ref.row_id), **result.picture)  # type: ignore[arg-type]
         if done % max(1, len(units) // 10) == 0:
             logger.info("evaluated %d of %d (last: %s)", done, len(units), unit.task)
     return records, skipped, version

@@ -302,7 +302,7 @@ def format_value(value: Value, metric: Metric) -> str:
 
 def format_table(summary: Summary) -> str:
     """The headline numbers, the verdicts and the notes as text for a terminal; it is valid Markdown."""
-    rows = [("task", "condition", "metric", "n", METHOD_LABELS[MODEL], "beside it")]
+    rows: list[tuple[str, ...]] = [("task", "condition", "metric", "n", METHOD_LABELS[MODEL], "beside it")]
     for task, conditions in summary.tasks.items():
         for condition, methods in conditions.items():
             rows += [_table_row(task, condition, name, methods) for name in HEADLINE[task]]

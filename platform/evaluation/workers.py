@@ -103,7 +103,7 @@ class CaseWorker:
             logger.warning("%s on row %s not scored: %s", unit.task, unit.ref.row_id, error)
             result = CaseResult(skipped=str(error))
         archive = io.BytesIO()
-        np.savez_compressed(archive, **result.picture)
+        np.savez_compressed(archive, **result.picture)  # type: ignore[arg-type]
         return {
             "index": [index],
             "records": [json.dumps([record.as_json() for record in result.records], allow_nan=False)],

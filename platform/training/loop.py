@@ -138,7 +138,7 @@ def open_bench(job: StageJob, session: Session, checkpoint: Path | None) -> tupl
     groups = parameter_groups(objective, job.kit.parts(model), train)
     universal = meta is not None and checkpoints.needs_universal(meta, session.world_size, job.run.zero.stage)
     engine = start_engine(job, objective, groups, universal=universal)
-    if checkpoint is not None:
+    if checkpoint is not None and meta is not None:
         restore(job, session, engine, checkpoint, universal=universal)
         logger.info("Stage %s goes on at step %d of %d", job.stage, meta.step, train.steps)
     schedule, maker = plan_data(job, session.world_size)
@@ -316,7 +316,7 @@ def after_step(bench: Bench, done: int, meters: Meters) -> None:
         record["gradient_norm"] = gradient_norm(bench.engine)
         log_record(bench, done, record)
     metrics = progress(bench, done)
-    if bench.held_out and (last or done % train.validate_every == 0):
+    if bench.held_out and (last or (train.validate_every and done % train.validate_every == 0)):
         looked = validate(bench)
         metrics |= looked
         if bench.tracker is not None:

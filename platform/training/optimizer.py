@@ -84,7 +84,7 @@ def forget_gradients(optimizer: Any) -> None:
     masters = getattr(optimizer, "fp32_partitioned_groups_flat", None) or getattr(
         optimizer, "single_partition_of_fp32_groups", ()
     )
-    for master in masters:
+    for master in masters or ():
         if master.grad is not None:
             master.grad.zero_()
     norms = getattr(optimizer, "norm_for_param_grads", None)

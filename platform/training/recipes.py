@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from omnimri.models.config import preset
 from omnimri.platform.data.stream import StreamConfig
@@ -18,7 +19,7 @@ def tiny(name: str, data: Sequence[Folder], out: Folder) -> RunConfig:
 
     Command: `omnimri train --stage all --preset tiny --data DIR --out RUNDIR`
     """
-    rows = {
+    rows: dict[str, int] = {
         "image": 4,
         "image.slices": 4,
         "paired": 8,
@@ -27,7 +28,7 @@ def tiny(name: str, data: Sequence[Folder], out: Folder) -> RunConfig:
         "instruct.text": 6,
     }
     # Volumes cost four times what slices cost; images need more steps than words.
-    weights = {
+    weights: dict[str, float] = {
         "image": 0.3,
         "image.slices": 0.7,
         "paired": 1.0,
@@ -35,7 +36,7 @@ def tiny(name: str, data: Sequence[Folder], out: Folder) -> RunConfig:
         "instruct.segment": 0.3,
         "instruct.text": 0.2,
     }
-    common = {"rows_per_step": rows, "weights": weights, "log_every": 10, "checkpoint_every": 100}
+    common: dict[str, Any] = {"rows_per_step": rows, "weights": weights, "log_every": 10, "checkpoint_every": 100}
     return RunConfig(
         name=name,
         model=preset("tiny"),
@@ -101,7 +102,7 @@ def _large(
     name: str, preset_name: str, data: Sequence[Folder], out: Folder, zero: ZeroConfig, workers: int
 ) -> RunConfig:
     """A GPU run; learning rates and steps follow the reference systems (SimMIM, CLIP, LLaVA, MetaQuery)."""
-    rows = {
+    rows: dict[str, int] = {
         "image": 8 * workers,
         "image.slices": 8 * workers,
         "paired": 16 * workers,
@@ -109,7 +110,7 @@ def _large(
         "instruct.segment": 4 * workers,
         "instruct.text": 8 * workers,
     }
-    common = {"rows_per_step": rows, "log_every": 20, "checkpoint_every": 1000}
+    common: dict[str, Any] = {"rows_per_step": rows, "log_every": 20, "checkpoint_every": 1000}
     return RunConfig(
         name=name,
         model=preset(preset_name),

@@ -137,7 +137,7 @@ def run_stages(
     """
     results = []
     for position, stage in enumerate(stages):
-        options = {"kit": kit, "init": init if position == 0 else None, "fresh": fresh}
+        options: dict[str, Any] = {"kit": kit, "init": init if position == 0 else None, "fresh": fresh}
         if parent is None:
             results.append(run_stage(stage, run, **options))
             continue
@@ -315,6 +315,7 @@ def fit_here(job: StageJob, on_report: Callable[[dict[str, Any]], None] | None) 
     session = LocalSession(ray_folder(job.stage, job.run), on_report)
     train_stage(job, session)
     with session.last_checkpoint() as checkpoint:
+        assert checkpoint is not None  # the last step always leaves one
         return _tenths(job, checkpoint)
 
 

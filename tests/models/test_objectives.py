@@ -53,8 +53,9 @@ def image_samples(count: int) -> list[dict]:
     maps = noise(2, 4, 32, 32)
     maps /= np.sqrt((np.abs(maps) ** 2).sum(1, keepdims=True))
     return [
-        volume_fields(i) | {"instruction": "Reconstruct.", "facts": {}, "task": "reconstruct", "kspace": noise(2, 4, 32, 32),
-                            "sens_maps": maps, "mask": np.ones((2, 32), bool), "target": noise(2, 32, 32)}
+        volume_fields(i) | {"instruction": "Reconstruct.", "facts": {}, "task": "reconstruct",
+                            "kspace": noise(2, 4, 32, 32), "sens_maps": maps,
+                            "mask": np.ones((2, 32), bool), "target": noise(2, 32, 32)}
         for i in range(count)
     ]  # fmt: skip
 
