@@ -253,7 +253,9 @@ def slice_pyramid(model: OmniMRI, slices: Tensor) -> list[Tensor]:
     variance = ((flat - mean).square() * foreground).sum(1, keepdim=True) / count
     standard = ((flat - mean) / variance.clamp_min(1e-12).sqrt()).reshape(slices.shape)
     with torch.no_grad():
-        return [maps[:, :, 0] for maps in model.vision(standard[:, None, None])]
+        maps = model.vision(standard[:, None, None])
+    # Normed over channels as MONAI's SwinUNETR does before its skip connections: the raw maps grow with depth.
+    return [F.layer_norm(m[:, :, 0].movedim(1, -1), m.shape[1:2]).movedim(-1, 1) for m in maps]
 
 
 def _run_backbone(model: OmniMRI, batch: Batch, visual: Tensor) -> tuple[Tensor, Losses]:
