@@ -98,6 +98,9 @@ def needs_universal(meta: Meta, world_size: int, zero_stage: int) -> bool:
 def convert_universal(checkpoint: Path, target: Path) -> Path:
     """Write the checkpoint once more in the form that any number of workers can load; one rank calls it.
 
+    Under ZeRO-3 the run does not go on bit for bit: four steps after a change from two workers to one, weights of the
+    tests' model differed from an undisturbed run by up to 2e-4 (DeepSpeed 0.19.8). Under ZeRO-1 and 2 they agree.
+
     Returns:
         Folder to hand to `load_shards`.
     """

@@ -20,7 +20,7 @@ def tiny(name: str, data: Sequence[Folder], out: Folder) -> RunConfig:
     Command: `omnimri train --stage all --preset tiny --data DIR --out RUNDIR`
     """
     rows: dict[str, int] = {
-        "image": 4,
+        "image": 2,
         "image.slices": 4,
         "paired": 8,
         "instruct.reconstruct": 2,
@@ -43,10 +43,10 @@ def tiny(name: str, data: Sequence[Folder], out: Folder) -> RunConfig:
         data=_absolute(data),
         out=_absolute([out])[0],
         train=StageConfigs(
-            vision=TrainConfig(steps=50, lr=1e-3, **common),
-            align=TrainConfig(steps=60, lr=1e-3, weight_decay=0.1, **common),
-            multimodal=TrainConfig(steps=50, lr=1e-3, weight_decay=0.1, **(common | {"weights": weights | _ONLY_TEXT})),
-            instruct=TrainConfig(steps=500, lr=1e-3, **common),
+            vision=TrainConfig(steps=40, lr=1e-3, **common),
+            align=TrainConfig(steps=50, lr=1e-3, weight_decay=0.1, **common),
+            multimodal=TrainConfig(steps=40, lr=1e-3, weight_decay=0.1, **(common | {"weights": weights | _ONLY_TEXT})),
+            instruct=TrainConfig(steps=400, lr=1e-3, **common),
         ),
     )
 
