@@ -116,7 +116,7 @@ def print_answers(answers: dict[str, dict[str, Any]], out: Path) -> None:
     print("\nAnswers about a patient that was in no split:")
     for task, answer in answers.items():
         measured = ", ".join(
-            f"{m['label'] or m['name']} {m['value']:.3g} {m['unit']}" for m in (answer["measurements"] or [])[:5]
+            f"{m.get('label', m['name'])} {m['value']:.3g} {m['unit']}" for m in answer.get("measurements", [])[:5]
         )
         print(f"  {task:<12} {(answer['text'] or measured or 'see artifacts')[:150]}")
     print(f"  kept in {out / 'answers'}")

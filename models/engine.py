@@ -201,7 +201,7 @@ class Engine:
         generator = torch.Generator().manual_seed(seed)
         end = self.tokenizer.convert_tokens_to_ids(special.TURN_END)
         cache = None
-        embeds = torch.from_numpy(prompt.embeds)[None]
+        embeds = torch.tensor(prompt.embeds)[None]
         for _ in range(limit):
             output = self.model.backbone(inputs_embeds=embeds, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache = output.past_key_values
@@ -223,7 +223,7 @@ class Engine:
         padded = torch.zeros(len(encoded), int(lengths.max()), dtype=torch.long)
         for row, ids in zip(padded, encoded, strict=True):
             row[: len(ids)] = torch.tensor(ids)
-        start = torch.from_numpy(prompt.embeds)[None].expand(len(encoded), -1, -1)
+        start = torch.tensor(prompt.embeds)[None].expand(len(encoded), -1, -1)
         embeds = torch.cat([start, self.model.backbone.get_input_embeddings()(padded)], dim=1)
         logits = self.model.backbone(inputs_embeds=embeds, logits_to_keep=padded.shape[1] + 1).logits[:, :-1]
         token_scores = logits.float().log_softmax(-1).gather(-1, padded[..., None])[..., 0]
