@@ -118,7 +118,7 @@ def print_answers(answers: dict[str, dict[str, Any]], out: Path) -> None:
         measured = ", ".join(
             f"{m.get('label', m['name'])} {m['value']:.3g} {m['unit']}" for m in answer.get("measurements", [])[:5]
         )
-        print(f"  {task:<12} {(answer['text'] or measured or 'see artifacts')[:150]}")
+        print(f"  {task:<12} {(answer.get('text') or measured or 'see artifacts')[:150]}")
     print(f"  kept in {out / 'answers'}")
 
 
