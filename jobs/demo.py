@@ -5,7 +5,7 @@
 Makes the built-in corpus, ingests it together with real files that Python packages ship (and a few that must be
 rejected), trains the four stages, sweeps, evaluates on held-out patients, registers the model, serves it on the
 loopback interface, and asks each of the five routes about a patient that was in no split. Answers are kept in
-RUNDIR/answers. About fifteen minutes on two CPU cores without a GPU; the same command again goes on where it stopped.
+RUNDIR/answers. The same command again goes on where it stopped.
 
 The corpus is simulated from one averaged brain. Research use only, not for diagnosis.
 """
