@@ -11,7 +11,7 @@ import numpy as np
 from omnimri.models.geometry import to_canonical
 from omnimri.models.preprocess import Preprocess
 from omnimri.models.scan import Scan
-from omnimri.models.tokenizer import BBOX, BBOX_END
+from omnimri.models.special_tokens import BBOX, BBOX_END
 
 STEPS = 999
 """Integer at the far edge of the grid; coordinates run from 0 along z, y, x of the encoder's volume grid."""

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from omnimri.models import tokenizer as special
+from omnimri.models import special_tokens as special
 from omnimri.models.prompts import IGNORED, SequenceBuilder, TokenSequence
 
 STACKED = ("volume", "spacing_mm", "contrast", "attributes")
@@ -42,12 +42,22 @@ def collate(samples: Sequence[dict[str, Any]], builder: SequenceBuilder) -> dict
         batch["volume"] = batch.pop("volumes")
         batch["attributes"] = batch["attributes"].flatten(0, 1)
     if "instruction" in first:
-        sequences = [builder.example(s["instruction"], s["facts"], s["task"], s.get("answer", "")) for s in samples]
+        sequences = [
+            builder.example(instruction, s["facts"], s["task"], s.get("answer", ""))
+            for s in samples
+            for instruction in _instructions(s)
+        ]
         batch |= sequence_batch(sequences, builder)
     elif "text" in first:
         sequences = [builder.paired(s["text"], image_first=s["image_first"]) for s in samples]
         batch |= sequence_batch(sequences, builder) | _text_batch(samples, builder)
     return batch
+
+
+def _instructions(sample: dict[str, Any]) -> list[str]:
+    """One, or those of a segmentation sample, which asks for several structures."""
+    asked = sample["instruction"]
+    return [asked] if isinstance(asked, str) else list(asked)
 
 
 def sequence_batch(sequences: Sequence[TokenSequence], builder: SequenceBuilder) -> dict[str, Tensor]:

@@ -80,19 +80,19 @@ class ConnectorConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageDecoderConfig:
-    """Diffusion trunk (MONAI `DiffusionModelUNet`) with bridges for reconstruction and segmentation."""
+    """Conditional U-Net with bridges for reconstruction and segmentation."""
 
     channels: tuple[int, ...]
-    """Channels per resolution; the first works at half the image's resolution."""
-    num_res_blocks: int
-    num_head_channels: int
-    condition_channels: int = 16
-    """Constant maps made from the pooled condition and concatenated to the input."""
+    """Channels per level; the first works at the image's resolution."""
+    num_heads: int
+    """Of the cross-attention to the prompt at the coarsest level."""
+    mask_channels: int = 8
+    """Feature maps that the masks of several prompts share."""
     recon_noise: float = 0.05
     """Standard deviation s of the reconstruction bridge, in units of the slice's maximum."""
     segment_noise: float = 0.5
     """Standard deviation s of the segmentation bridge; masks live in [-1, 1]."""
-    consistency_weight: float = 0.02
+    consistency_weight: float = 0.05
     """Regularisation of conjugate-gradient data consistency; larger trusts the network more."""
     consistency_steps: int = 4
     """Conjugate-gradient iterations inside each sampling step."""
@@ -173,7 +173,7 @@ def tiny() -> OmniMRIConfig:
         ),
         text_encoder=TextEncoderConfig(hidden_size=128, num_layers=2, num_heads=2, num_kv_heads=2, width=256),
         connector=ConnectorConfig(num_queries=16, num_layers=1, dim=128),
-        image_decoder=ImageDecoderConfig(channels=(32, 48, 64), num_res_blocks=1, num_head_channels=16),
+        image_decoder=ImageDecoderConfig(channels=(16, 32, 48, 64, 96), num_heads=4),
         flow_head=FlowHeadConfig(width=128, depth=2),
         inputs=InputConfig(volume_shape=(24, 56, 48), volume_spacing_mm=(6.0, 4.0, 4.0), slice_spacing_mm=2.0),
     )  # fmt: skip
@@ -190,7 +190,7 @@ def small() -> OmniMRIConfig:
         ),
         text_encoder=TextEncoderConfig(hidden_size=896, num_layers=12, num_heads=14, num_kv_heads=2, width=4864),
         connector=ConnectorConfig(num_queries=32, num_layers=4, dim=512),
-        image_decoder=ImageDecoderConfig(channels=(64, 128, 256, 256), num_res_blocks=2, num_head_channels=32),
+        image_decoder=ImageDecoderConfig(channels=(48, 96, 192, 384, 512), num_heads=8, mask_channels=32),
         flow_head=FlowHeadConfig(width=512, depth=3),
         inputs=InputConfig(volume_shape=(32, 192, 192), volume_spacing_mm=(5.0, 1.25, 1.25), slice_spacing_mm=1.0),
         embedding_dim=512,
@@ -208,7 +208,7 @@ def base() -> OmniMRIConfig:
         ),
         text_encoder=TextEncoderConfig(hidden_size=896, num_layers=24, num_heads=14, num_kv_heads=2, width=4864),
         connector=ConnectorConfig(num_queries=64, num_layers=6, dim=768),
-        image_decoder=ImageDecoderConfig(channels=(128, 256, 256, 512), num_res_blocks=2, num_head_channels=32),
+        image_decoder=ImageDecoderConfig(channels=(64, 128, 256, 512, 768), num_heads=12, mask_channels=64),
         flow_head=FlowHeadConfig(width=1024, depth=3),
         inputs=InputConfig(volume_shape=(32, 224, 224), volume_spacing_mm=(5.0, 1.0, 1.0), slice_spacing_mm=0.8),
         embedding_dim=512,
@@ -227,7 +227,7 @@ def seven_b() -> OmniMRIConfig:
         ),
         text_encoder=TextEncoderConfig(hidden_size=1536, num_layers=28, num_heads=12, num_kv_heads=2, width=8960),
         connector=ConnectorConfig(num_queries=64, num_layers=12, dim=1024),
-        image_decoder=ImageDecoderConfig(channels=(192, 384, 384, 768), num_res_blocks=2, num_head_channels=64),
+        image_decoder=ImageDecoderConfig(channels=(96, 192, 384, 768, 1024), num_heads=16, mask_channels=128),
         flow_head=FlowHeadConfig(width=1536, depth=6),
         inputs=InputConfig(volume_shape=(48, 256, 256), volume_spacing_mm=(3.5, 0.9, 0.9), slice_spacing_mm=0.7),
         embedding_dim=512,

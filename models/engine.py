@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from omnimri.models import tokenizer as special
+from omnimri.models import special_tokens as special
 from omnimri.models.boxes import Box, BoxCoder, text_to_boxes
 from omnimri.models.collate import sequence_batch
 from omnimri.models.config import OmniMRIConfig
@@ -309,19 +309,18 @@ class Engine:
             ValueError: If a prompt is of another task.
         """
         source = self.preprocess.slices(scan)
-        probabilities: dict[str, np.ndarray] = {}
-        chunks = torch.arange(len(source.slices)).split(SLICES_PER_PASS)
-        pyramids = [slice_pyramid(self.model, source.slices[chunk]) for chunk in chunks]
-        for structure, prompt in prompts.items():
-            queries = _queries_of(prompt, "segment")
-            parts = [
-                self.model.image_decoder.segment(
-                    source.slices[chunk], queries.expand(len(chunk), -1, -1), pyramid, num_steps=num_steps,
-                    generator=torch.Generator().manual_seed(seed),
-                )
-                for chunk, pyramid in zip(chunks, pyramids, strict=True)
-            ]  # fmt: skip
-            probabilities[structure] = self.preprocess.to_native(torch.cat(parts), source).astype(np.float32)
+        queries = torch.stack([_queries_of(prompt, "segment") for prompt in prompts.values()])
+        parts = [
+            self.model.image_decoder.segment(
+                slices, queries.expand(len(slices), *queries.shape), slice_pyramid(self.model, slices),
+                num_steps=num_steps, generator=torch.Generator().manual_seed(seed),
+            )
+            for slices in source.slices.split(SLICES_PER_PASS)
+        ]  # fmt: skip
+        probabilities = {
+            name: self.preprocess.to_native(mask, source).astype(np.float32)
+            for name, mask in zip(prompts, torch.cat(parts).unbind(1), strict=True)
+        }
         return Segmentation(masks={name: p >= 0.5 for name, p in probabilities.items()}, probabilities=probabilities)
 
 

@@ -1,12 +1,15 @@
-"""Image decoder: a diffusion trunk that reconstructs and segments by bridges, with data consistency inside.
+"""Image decoder: a conditional U-Net that reconstructs and segments by bridges, with data consistency inside.
 
 Reconstruction walks from the SENSE image to the image (I2SB, arXiv 2302.05872; InDI, arXiv 2303.11435);
-segmentation from a neutral mask to the mask in [-1, 1]. The trunk predicts the clean image `x0`; a diffusers
-scheduler takes the step. What to do comes from the backbone's query states by cross-attention; the image itself by
-channels and by the Swin pyramid, since fine detail would not survive the backbone.
+segmentation from neutral masks to masks in [-1, 1]. The trunk predicts the clean image `x0`; a diffusers scheduler
+takes the step. What to do comes from the backbone's query states; the image itself by channels and by the Swin
+pyramid, since fine detail would not survive the backbone.
+
+Several prompts about one slice share one pass: each writes its mask into, and reads its logit from, the trunk's
+feature maps through a vector of its own (as MaskFormer, arXiv 2107.06278, reads its masks).
 """
 
-# B slices, H W in-plane voxels, C coils, K query states, P condition width
+# B slices, H W in-plane voxels, C coils, M mask channels, N prompts, K query states, P condition width
 
 from __future__ import annotations
 
@@ -17,18 +20,19 @@ import torch
 import torch.nn.functional as F
 from diffusers import FlowMatchEulerDiscreteScheduler
 from einops import rearrange
-from monai.networks.nets import DiffusionModelUNet
 from torch import Tensor, nn
 
 from omnimri.models.config import ImageDecoderConfig
 from omnimri.models.physics import SenseOperator, data_consistency
+from omnimri.models.trunk import ConditionalUNet
 
 RECONSTRUCT, SEGMENT = 0, 1
-_STATE_CHANNELS = 2
 _IMAGE_CHANNELS = 2
-_OUTPUT_CHANNELS = 3  # real, imaginary, mask logit
-_SHUFFLE = 2  # pixels folded into channels per axis, so that the trunk starts at the pyramid's first stride
-_MULTIPLE = 16
+_RECON_CHANNELS = 2  # real and imaginary part
+_INPUT_SCALE = 3.0
+"""Slices are scaled to a maximum of one; tissue lies near a third of it."""
+_RESIDUAL_SCALE = 0.1
+"""What SENSE leaves to mend is a few hundredths: an output of order one is scaled down to it."""
 
 
 @dataclass(frozen=True)
@@ -57,74 +61,48 @@ class ImageDecoder(nn.Module):
     def __init__(self, config: ImageDecoderConfig, condition_dim: int, pyramid_channels: tuple[int, ...]) -> None:
         super().__init__()
         self.config = config
-        levels = len(config.channels)
-        folded = _SHUFFLE**2
-        self.trunk = DiffusionModelUNet(
-            spatial_dims=2,
-            in_channels=(_STATE_CHANNELS + _IMAGE_CHANNELS) * folded + config.condition_channels,
-            out_channels=_OUTPUT_CHANNELS * folded,
-            num_res_blocks=config.num_res_blocks,
-            channels=config.channels,
-            attention_levels=(*(False,) * (levels - 1), True),
-            norm_num_groups=16,
-            num_head_channels=config.num_head_channels,
-            with_conditioning=True,
-            cross_attention_dim=condition_dim,
-            num_class_embeds=2,
+        self.trunk = ConditionalUNet(
+            config.mask_channels + _IMAGE_CHANNELS,
+            _RECON_CHANNELS + config.mask_channels,
+            config.channels,
+            condition_dim=condition_dim,
+            pyramid_channels=pyramid_channels,
+            num_heads=config.num_heads,
+            num_tasks=2,
         )
-        self.pool = nn.Sequential(nn.LayerNorm(condition_dim), nn.Linear(condition_dim, config.condition_channels))
-        self.pyramid_entries = _residual_levels(levels, config.num_res_blocks)
-        self.inject = nn.ModuleList(
-            nn.Conv2d(pyramid_channels[source], config.channels[width], 1) for source, width in self.pyramid_entries
-        )
-        for layer in self.inject:
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        with torch.no_grad():  # reconstruction starts where the data are
+            self.trunk.last.weight[:_RECON_CHANNELS] = 0
+            self.trunk.last.bias[:_RECON_CHANNELS] = 0
+        self.prompt = nn.Sequential(nn.LayerNorm(condition_dim), nn.Linear(condition_dim, 2 * config.mask_channels + 1))
 
     def forward(
         self, state: Tensor, image: Tensor, time: Tensor, task: int, condition: Tensor, pyramid: list[Tensor]
     ) -> Tensor:
-        """Trunk output `(B, 3, H, W)`: real and imaginary residual, mask logit.
+        """Trunk output `(B, 2 + M, H, W)`: real and imaginary residual, mask features.
 
         Args:
-            state: `(B, 2, H, W)`, the bridge's `x_t` (real and imaginary part, or mask and zero).
+            state: `(B, <= M, H, W)`, the bridge's `x_t`: real and imaginary part, or masks in the prompts' channels.
             image: `(B, 2, H, W)`, what is being read (real and imaginary part of the start, or magnitude and zero).
             time: `(B,)` in (0, 1]; 1 is where the bridge starts.
             task: RECONSTRUCT or SEGMENT.
             condition: `(B, K, P)` from the query connector.
             pyramid: Swin feature maps `(B, E, H', W')` of the slice, finest first.
         """
-        height, width = state.shape[-2:]
-        x = torch.cat([state, image], dim=1)
-        x = F.pad(x, (0, -width % _MULTIPLE, 0, -height % _MULTIPLE))
-        x = F.pixel_unshuffle(x, _SHUFFLE)
-        maps = self.pool(condition.mean(1))[..., None, None].expand(-1, -1, *x.shape[-2:])
-        output = self.trunk(
-            torch.cat([x, maps], dim=1),
-            timesteps=time * 1000.0,
-            context=condition,
-            class_labels=torch.full((x.shape[0],), task, device=x.device),
-            down_block_additional_residuals=self._residuals(pyramid, x.shape[-2:]),
-        )
-        return F.pixel_shuffle(output, _SHUFFLE)[..., :height, :width]
-
-    def _residuals(self, pyramid: list[Tensor], finest: torch.Size) -> tuple[Tensor, ...]:
-        """The pyramid, projected to each skip connection of the trunk."""
-        residuals = []
-        for layer, (source, _) in zip(self.inject, self.pyramid_entries, strict=True):
-            size = (finest[0] // 2**source, finest[1] // 2**source)
-            maps = pyramid[source]
-            if maps.shape[-2:] != size:
-                maps = F.pad(maps, (0, size[1] - maps.shape[-1], 0, size[0] - maps.shape[-2]))
-            residuals.append(layer(maps))
-        return tuple(residuals)
+        height, width = image.shape[-2:]
+        state = F.pad(state, (0, 0, 0, 0, 0, self.config.mask_channels - state.shape[1]))
+        multiple = self.trunk.multiple
+        x = F.pad(torch.cat([state, image], dim=1), (0, -width % multiple, 0, -height % multiple))
+        return self.trunk(x, time, task, condition, pyramid)[..., :height, :width]
 
     def predict_image(
         self, state: Tensor, time: Tensor, measured: Measurement, condition: Tensor, pyramid: list[Tensor],
         *, consistent: bool = True,
     ) -> Tensor:  # fmt: skip
         """Clean complex image `x0` `(B, H, W)`: the start plus a residual, then data consistency in float32."""
-        residual = self(as_channels(state), as_channels(measured.initial), time, RECONSTRUCT, condition, pyramid)
+        residual = _RESIDUAL_SCALE * self(
+            _INPUT_SCALE * as_channels(state), _INPUT_SCALE * as_channels(measured.initial), time, RECONSTRUCT,
+            condition, pyramid,
+        )  # fmt: skip
         estimate = measured.initial + torch.complex(residual[:, 0].float(), residual[:, 1].float())
         if not consistent:
             return estimate
@@ -136,10 +114,20 @@ class ImageDecoder(nn.Module):
     def predict_mask(
         self, state: Tensor, image: Tensor, time: Tensor, condition: Tensor, pyramid: list[Tensor]
     ) -> Tensor:
-        """Mask logit `(B, H, W)`; `state` and `image` are `(B, H, W)`."""
-        zero = torch.zeros_like(state)
-        output = self(torch.stack([state, zero], 1), torch.stack([image, zero], 1), time, SEGMENT, condition, pyramid)
-        return output[:, 2]
+        """Mask logits `(B, N, H, W)` of N prompts.
+
+        Args:
+            state: `(B, N, H, W)`.
+            image: `(B, H, W)`.
+            time: `(B,)`.
+            condition: `(B, N, K, P)`.
+            pyramid: As in `forward`.
+        """
+        write, read, offset = self.prompt(condition.mean(2)).split([self.config.mask_channels] * 2 + [1], dim=-1)
+        written = torch.einsum("bnhw,bnm->bmhw", state, write)
+        shown = torch.stack([image, torch.zeros_like(image)], dim=1)
+        features = self(written, shown, time, SEGMENT, condition.flatten(1, 2), pyramid)[:, _RECON_CHANNELS:]
+        return torch.einsum("bmhw,bnm->bnhw", features, read) + offset[..., None]
 
     @torch.no_grad()
     def reconstruct(
@@ -163,8 +151,8 @@ class ImageDecoder(nn.Module):
         self, image: Tensor, condition: Tensor, pyramid: list[Tensor],
         *, num_steps: int, noise: float = 0.0, generator: torch.Generator | None = None,
     ) -> Tensor:  # fmt: skip
-        """Walk the bridge from the neutral mask; probability `(B, H, W)`."""
-        state = torch.zeros_like(image)
+        """Walk the bridge from neutral masks; probabilities `(B, N, H, W)` for `condition` `(B, N, K, P)`."""
+        state = image.new_zeros(image.shape[0], condition.shape[1], *image.shape[1:])
         for scheduler, time, following in _steps(num_steps):
             logit = self.predict_mask(state, image, image.new_full((image.shape[0],), time), condition, pyramid)
             clean = torch.tanh(logit / 2)
@@ -185,19 +173,6 @@ def bridge_state(clean: Tensor, start: Tensor, time: Tensor, noise: float) -> Te
 def as_channels(image: Tensor) -> Tensor:
     """Complex `(B, H, W)` as real `(B, 2, H, W)`."""
     return rearrange(torch.view_as_real(image), "b h w c -> b c h w")
-
-
-def _residual_levels(levels: int, num_res_blocks: int) -> list[tuple[int, int]]:
-    """Grid level and width level of every skip connection, in the order MONAI's trunk collects them.
-
-    A downsampled entry has the coarser grid but still the finer level's width.
-    """
-    entries = [(0, 0)]
-    for level in range(levels):
-        entries += [(level, level)] * num_res_blocks
-        if level < levels - 1:
-            entries.append((level + 1, level))
-    return entries
 
 
 def _steps(num_steps: int) -> list[tuple[FlowMatchEulerDiscreteScheduler, float, float]]:

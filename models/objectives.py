@@ -47,7 +47,7 @@ class LossWeights:
     """Stages 3 and 4: size of the router's logits."""
     image: float = 1.0
     """Stage 4: image losses, beside the text loss at 1."""
-    bridge_share: float = 0.2
+    bridge_share: float = 0.1
     """Stage 4: share of samples drawn inside the bridge; the others stand at its start, where one step decides."""
 
 
@@ -129,8 +129,7 @@ class MultimodalPretraining(nn.Module):
 
     def forward(self, batch: Batch) -> Losses:
         """`batch`: `volume`, `spacing_mm`, `contrast`, and the sequence fields of `collate`."""
-        with torch.no_grad():
-            vision_tokens = visual_tokens(self.model.vision(batch["volume"]))
+        vision_tokens = self.model.vision_tokens(batch["volume"])
         visual = self.model.align_tokens(vision_tokens, batch["spacing_mm"], batch["contrast"])
         hidden, losses = _run_backbone(self.model, batch, visual)
         before = batch["visual_places"].roll(-1, dims=1)
@@ -156,10 +155,10 @@ class InstructionTuning(nn.Module):
     def forward(self, batch: Batch) -> Losses:
         """`batch`: the fields of stage 3, and for image answers those of S slices per volume, flattened.
 
-        They are `kspace`, `mask`, `sens_maps`, `target`, or `slices` and `slice_target`.
+        They are `kspace`, `mask`, `sens_maps`, `target`, or `slices` and `slice_target` `(B S, N, H, W)`, the masks
+        of N prompts; the sequences are then N per volume.
         """
-        visual = self.model.aligned_tokens(batch["volume"], batch["spacing_mm"], batch["contrast"])
-        hidden, losses = _run_backbone(self.model, batch, visual)
+        hidden, losses = self._run(batch)
         losses["loss"] = losses["loss_text"] + _router_terms(losses, self.weights)
         if "kspace" in batch:
             losses["loss_reconstruct"] = self._reconstruction_loss(batch, self._condition(batch, hidden))
@@ -171,9 +170,8 @@ class InstructionTuning(nn.Module):
 
     @torch.no_grad()
     def pictures(self, batch: Batch) -> dict[str, np.ndarray]:
-        """The batch's first slices as answered in one step: start | answer | truth, in [0, 1]."""
-        visual = self.model.aligned_tokens(batch["volume"], batch["spacing_mm"], batch["contrast"])
-        hidden, _ = _run_backbone(self.model, batch, visual)
+        """The batch's first slices as answered in one step, in [0, 1]: start | answer | truth, prompt by prompt."""
+        hidden, _ = self._run(batch)
         if "kspace" in batch:
             measured = self._measurement(batch)
             answer = self.model.image_decoder.reconstruct(
@@ -184,14 +182,22 @@ class InstructionTuning(nn.Module):
             answer = self.model.image_decoder.segment(
                 batch["slices"], self._condition(batch, hidden), self._pyramid(batch["slices"]), num_steps=1
             )
-            return {"segment": _tiles(batch["slices"], answer, batch["slice_target"].float())}
+            truth = batch["slice_target"].float()
+            answered = [column for pair in zip(answer.unbind(1), truth.unbind(1), strict=True) for column in pair]
+            return {"segment": _tiles(batch["slices"], *answered)}
         return {}
 
+    def _run(self, batch: Batch) -> tuple[Tensor, Losses]:
+        """The backbone over every sequence; those about one volume share its visual tokens."""
+        visual = self.model.aligned_tokens(batch["volume"], batch["spacing_mm"], batch["contrast"])
+        return _run_backbone(self.model, batch, _repeat(visual, len(batch["token_ids"])))
+
     def _condition(self, batch: Batch, hidden: Tensor) -> Tensor:
-        """Connector output per slice, `(B S, K, P)`."""
-        states = hidden[batch["query_places"]].unflatten(0, (len(hidden), -1))
-        num_slices = len(batch["kspace"] if "kspace" in batch else batch["slices"]) // len(hidden)
-        return self.model.connector(states).repeat_interleave(num_slices, dim=0)
+        """Connector output per slice: `(B S, K, P)`, or `(B S, N, K, P)` to segment."""
+        states = self.model.connector(hidden[batch["query_places"]].unflatten(0, (len(hidden), -1)))
+        if "kspace" in batch:
+            return _repeat(states, len(batch["kspace"]))
+        return _repeat(states.unflatten(0, (len(batch["volume"]), -1)), len(batch["slices"]))
 
     def _reconstruction_loss(self, batch: Batch, condition: Tensor) -> Tensor:
         """Mean absolute error of the complex image plus half of one minus SSIM of its magnitude."""
@@ -209,17 +215,17 @@ class InstructionTuning(nn.Module):
         return Measurement.start(batch["kspace"], operator, self.model.config.image_decoder)
 
     def _segmentation_losses(self, batch: Batch, condition: Tensor) -> Losses:
-        """Cross-entropy plus Dice over the batch, of the mask logit (nnU-Net's loss)."""
+        """Cross-entropy plus Dice of the mask logits (nnU-Net's loss)."""
         slices, target = batch["slices"], batch["slice_target"].float()
         time = self._times(len(slices), slices.device)
         signed = 2 * target - 1
         state = bridge_state(signed, torch.zeros_like(signed), time, self.model.config.image_decoder.segment_noise)
         logit = self.model.image_decoder.predict_mask(state, slices, time, condition, self._pyramid(slices))
         probability = logit.sigmoid()
-        # Dice per volume, so that a structure that one volume lacks does not weigh on the others.
-        volumes = len(batch["token_ids"])
-        overlap = (probability * target).unflatten(0, (volumes, -1)).sum(dim=(1, 2, 3))
-        size = (probability + target).unflatten(0, (volumes, -1)).sum(dim=(1, 2, 3))
+        # Dice per volume and structure, so that a structure that one volume lacks does not weigh on the others.
+        volumes = len(batch["volume"])
+        overlap = (probability * target).unflatten(0, (volumes, -1)).sum(dim=(1, 3, 4))
+        size = (probability + target).unflatten(0, (volumes, -1)).sum(dim=(1, 3, 4))
         dice = ((2 * overlap + 1) / (size + 1)).mean()
         cross_entropy = F.binary_cross_entropy_with_logits(logit, target)
         return {"loss_segment": cross_entropy + 1 - dice, "soft_dice": dice}
@@ -232,6 +238,11 @@ class InstructionTuning(nn.Module):
     def _pyramid(self, slices: Tensor) -> list[Tensor]:
         """Swin maps of slices `(B, H, W)` as volumes of depth one; the encoder is frozen."""
         return slice_pyramid(self.model, slices)
+
+
+def _repeat(rows: Tensor, count: int) -> Tensor:
+    """Each row as often as makes `count` of them, copies side by side."""
+    return rows.repeat_interleave(count // len(rows), dim=0)
 
 
 def _tiles(*columns: Tensor, rows: int = 4) -> np.ndarray:

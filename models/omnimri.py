@@ -26,7 +26,7 @@ from omnimri.models.flow_head import FlowHead
 from omnimri.models.image_decoder import ImageDecoder
 from omnimri.models.preprocess import Preprocess
 from omnimri.models.ssl_heads import SSLHeads
-from omnimri.models.vision import AlignmentLayer, VisionEncoder, visual_tokens
+from omnimri.models.vision import AlignmentLayer, TokenCache, VisionEncoder
 from omnimri.models.vocabulary import CONTRASTS
 
 logger = logging.getLogger(__name__)
@@ -91,6 +91,7 @@ class OmniMRI(nn.Module):
         for name in _BUILDERS:
             if name in wanted:
                 self.add_module(name, _BUILDERS[name](config))
+        self._token_cache = TokenCache()
 
     def parts(self) -> dict[str, nn.Module]:
         return dict(self.named_children())
@@ -102,9 +103,11 @@ class OmniMRI(nn.Module):
 
     def aligned_tokens(self, volume: Tensor, spacing_mm: Tensor, contrast: Tensor) -> Tensor:
         """Volume `(B, 1, D, H, W)` to backbone-width tokens `(B, N, H)`; the vision encoder is not trained here."""
-        with torch.no_grad():
-            tokens = visual_tokens(self.vision(volume))
-        return self.align_tokens(tokens, spacing_mm, contrast)
+        return self.align_tokens(self.vision_tokens(volume), spacing_mm, contrast)
+
+    def vision_tokens(self, volume: Tensor) -> Tensor:
+        """Tokens `(B, N, V)` of volumes `(B, 1, D, H, W)` from the frozen encoder."""
+        return self._token_cache.tokens(self.vision, volume)
 
     def align_tokens(self, tokens: Tensor, spacing_mm: Tensor, contrast: Tensor) -> Tensor:
         """Vision tokens `(B, N, V)` to backbone width; `spacing_mm` is that of the voxels."""

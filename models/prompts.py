@@ -6,12 +6,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
-from omnimri.models import tokenizer as special
+from omnimri.models import special_tokens as special
 from omnimri.models.vocabulary import DIAGNOSES, IMAGE_TASKS, STRUCTURES, TASKS
+
+if TYPE_CHECKING:  # seconds to import, and tasks that make samples need none of it
+    from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
 """Label of a position that no text loss is taken at."""

@@ -13,20 +13,9 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2Tokenizer
 
+from omnimri.models.special_tokens import END_OF_TEXT, SPECIAL_TOKENS, TURN_END
+
 logger = logging.getLogger(__name__)
-
-END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-VISION_START, VISION_END, IMAGE_PAD = "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"
-RECON, RECON_END, SEG, SEG_END = "<recon>", "</recon>", "<seg>", "</seg>"
-BBOX, BBOX_END, RESPONSE, RESPONSE_END = "<bbox>", "</bbox>", "<response>", "</response>"
-VOLUME, SLICE, KSPACE = "<vol>", "<slice>", "<kspace>"
-MAX_QUERIES = 64
-
-SPECIAL_TOKENS = (
-    END_OF_TEXT, TURN_START, TURN_END, VISION_START, VISION_END, IMAGE_PAD,
-    RECON, RECON_END, SEG, SEG_END, BBOX, BBOX_END, RESPONSE, RESPONSE_END, VOLUME, SLICE, KSPACE,
-    *(f"<q{i}>" for i in range(MAX_QUERIES)),
-)  # fmt: skip
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:

@@ -4,6 +4,9 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections import OrderedDict
+
 import torch
 from einops import rearrange
 from monai.networks.nets.swin_unetr import SwinTransformer
@@ -68,6 +71,44 @@ def visual_tokens(pyramid: list[Tensor]) -> Tensor:
     """The coarsest map as tokens `(B, N, V)` in z-major raster order, layer-normed without affine."""
     tokens = rearrange(pyramid[-1], "b v d h w -> b (d h w) v")
     return nn.functional.layer_norm(tokens, tokens.shape[-1:])
+
+
+class TokenCache:
+    """Tokens of volumes that a frozen encoder has seen before.
+
+    From stage 2 on the encoder is frozen and the volumes come back every epoch and for every prompt. On a CPU the
+    encoder is most of the work, so its tokens are remembered, the least recently used forgotten first; on a GPU
+    encoding again is cheaper than looking up. Volumes are encoded one by one: what is in the cache, and hence when
+    a run was resumed, does not change a rounding.
+    """
+
+    def __init__(self, max_bytes: int = 256 * 2**20) -> None:
+        self._max_bytes, self._bytes = max_bytes, 0
+        self._known: OrderedDict[tuple[bytes, int], Tensor] = OrderedDict()
+
+    def tokens(self, encoder: VisionEncoder, volume: Tensor) -> Tensor:
+        """`visual_tokens` of `encoder` for `volume` `(B, 1, D, H, W)`, without gradients."""
+        if volume.device.type != "cpu":
+            with torch.no_grad():
+                return visual_tokens(encoder(volume))
+        # Any change in place of the weights counts their version up.
+        version = sum(parameter._version for parameter in encoder.parameters())
+        return torch.cat([self._one(encoder, single, version) for single in volume.split(1)])
+
+    def _one(self, encoder: VisionEncoder, volume: Tensor, version: int) -> Tensor:
+        content = hashlib.blake2b(volume.contiguous().view(torch.uint8).numpy().data, digest_size=16)
+        key = (content.digest() + str(volume.dtype).encode(), version)
+        if key in self._known:
+            self._known.move_to_end(key)
+            return self._known[key]
+        # A tensor born in inference mode could not take part in training later.
+        with torch.inference_mode(mode=False), torch.no_grad():
+            tokens = visual_tokens(encoder(volume.clone()))
+        self._known[key] = tokens
+        self._bytes += tokens.nbytes
+        while self._bytes > self._max_bytes:
+            self._bytes -= self._known.popitem(last=False)[1].nbytes
+        return tokens
 
 
 class AlignmentLayer(nn.Module):

@@ -16,7 +16,7 @@ from omnimri.models.geometry import voxel_box_to_mm
 from omnimri.models.preprocess import Preprocess
 from omnimri.models.prompts import instruction_for, structures_of, untagged
 from omnimri.models.scan import Scan
-from omnimri.models.tokenizer import BBOX, BBOX_END
+from omnimri.models.special_tokens import BBOX, BBOX_END
 from omnimri.models.vocabulary import DIAGNOSES, RESEARCH_NOTICE, STRUCTURES, TISSUES
 from omnimri.serve.intake import Intake
 from omnimri.serve.pictures import contact_sheet

@@ -96,7 +96,8 @@ class VllmBackend:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        from omnimri.models.tokenizer import TURN_END, load_tokenizer
+        from omnimri.models.special_tokens import TURN_END
+        from omnimri.models.tokenizer import load_tokenizer
 
         backbone = Path(model) / "backbone"
         self.width = json.loads((backbone / "config.json").read_text())["hidden_size"]

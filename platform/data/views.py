@@ -45,8 +45,8 @@ class ViewOptions:
     """Slices that an image sample takes of one volume."""
     accelerations: tuple[int, ...] = (4, 4, 8)
     """Drawn from with equal chance; repeat one to weigh it."""
-    absent_share: float = 0.1
-    """Share of segmentation samples that ask for a lesion in a volume without one."""
+    structures_per_sample: int = 4
+    """Structures that a segmentation sample asks for, each by an instruction of its own."""
     text_tasks: Mapping[str, float] = field(default_factory=lambda: {"detect": 0.25, "diagnose": 0.45, "report": 0.3})
     """Chance of each text task where a row has labels for all."""
 
@@ -173,25 +173,36 @@ def reconstruction_arrays(scan: Scan, slices: np.ndarray) -> dict[str, np.ndarra
 
 
 def segmentation_sample(row: Row, rng: np.random.Generator, options: ViewOptions) -> Sample:
-    """Slices of one volume with the mask of one structure, some without it."""
+    """Slices of one volume and the masks of several structures, `slice_target` `(S, N, H, W)`; half show a lesion."""
     scan = row_to_scan(row)
     names: dict[int, str] = row["label_names"]
-    has_lesion = any(name not in TISSUES and value in row["label_map"] for value, name in names.items())
-    choices = [*TISSUES, LESION] if has_lesion or rng.random() < 4 * options.absent_share else [*TISSUES]
-    structure = choices[int(rng.integers(len(choices)))]
+    structures = _drawn_structures(names, options.structures_per_sample, rng)
     source = options.preprocess.slices(scan)
-    target = options.preprocess.slice_labels(structure_mask(row["label_map"], names, structure), scan, source.axis)
-    anatomy = options.preprocess.slice_labels(row["label_map"] > 0, scan, source.axis).any(axis=(1, 2))
-    present = target.any(axis=(1, 2))
-    wanted = present if structure == LESION and rng.random() < 0.7 else anatomy
-    chosen = _draw(np.asarray(wanted), options.slices_per_sample, rng)
+
+    def on_slices(mask: np.ndarray) -> torch.Tensor:
+        return torch.as_tensor(options.preprocess.slice_labels(mask, scan, source.axis))
+
+    lesion = on_slices(structure_mask(row["label_map"], names, LESION)).flatten(1).any(1).numpy()
+    anatomy = on_slices(row["label_map"] > 0).flatten(1).any(1).numpy()
+    num_lesion = options.slices_per_sample // 2 if lesion.any() else 0
+    chosen = np.concatenate(
+        [_draw(lesion, num_lesion, rng), _draw(anatomy, options.slices_per_sample - num_lesion, rng)]
+    )
+    masks = [on_slices(structure_mask(row["label_map"], names, name))[chosen] for name in structures]
     return _volume_fields(row, options) | {
         "task": "segment",
-        "instruction": instruction_for("segment", structure=structure, rng=rng),
+        "instruction": [instruction_for("segment", structure=name, rng=rng) for name in structures],
         "facts": _facts(row, rng),
         "slices": _to_slice_grid(source.slices[chosen], options).numpy(),
-        "slice_target": _to_slice_grid(torch.from_numpy(target[chosen]), options).numpy(),
+        "slice_target": torch.stack([_to_slice_grid(mask, options) for mask in masks], dim=1).numpy(),
     }
+
+
+def _drawn_structures(names: Mapping[int, str], count: int, rng: np.random.Generator) -> list[str]:
+    """Structures to ask for: tissues that the row's labels know, and lesions, which it may or may not have."""
+    known = [*(name for name in TISSUES if name in names.values()), LESION]
+    order = rng.permutation(len(known))
+    return [known[order[i % len(known)]] for i in range(count)]
 
 
 def _to_slice_grid(slices: torch.Tensor, options: ViewOptions) -> torch.Tensor:

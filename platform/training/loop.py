@@ -10,6 +10,7 @@ import itertools
 import logging
 import math
 import os
+import pickle
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -81,13 +82,16 @@ class Bench:
 
 
 def train_loop(config: dict[str, Any]) -> None:
-    """Entry point of a Ray Train worker; `config["job"]` is the `StageJob`."""
+    """Entry point of a Ray Train worker; `config["job"]` is the pickled `StageJob`.
+
+    Pickled, so that Ray Train's controller, which passes it on, need not import what only the workers use.
+    """
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("omnimri").setLevel(logging.INFO)
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     # DeepSpeed calls what torch renames; ours to watch in the tests, not on every step of a run.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    train_stage(config["job"], RayTrainSession())
+    train_stage(pickle.loads(config["job"]), RayTrainSession())
 
 
 def train_stage(job: StageJob, session: Session) -> None:

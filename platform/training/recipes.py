@@ -27,13 +27,13 @@ def tiny(name: str, data: Sequence[Folder], out: Folder) -> RunConfig:
         "instruct.segment": 2,
         "instruct.text": 6,
     }
-    # Volumes cost four times what slices cost; images need more steps than words.
+    # Volumes cost four times what slices cost; masks and images need more steps than words.
     weights: dict[str, float] = {
         "image": 0.3,
         "image.slices": 0.7,
         "paired": 1.0,
-        "instruct.reconstruct": 0.5,
-        "instruct.segment": 0.3,
+        "instruct.reconstruct": 0.4,
+        "instruct.segment": 0.4,
         "instruct.text": 0.2,
     }
     common: dict[str, Any] = {"rows_per_step": rows, "weights": weights, "log_every": 10, "checkpoint_every": 100}
@@ -46,7 +46,7 @@ def tiny(name: str, data: Sequence[Folder], out: Folder) -> RunConfig:
             vision=TrainConfig(steps=40, lr=1e-3, **common),
             align=TrainConfig(steps=50, lr=1e-3, weight_decay=0.1, **common),
             multimodal=TrainConfig(steps=40, lr=1e-3, weight_decay=0.1, **(common | {"weights": weights | _ONLY_TEXT})),
-            instruct=TrainConfig(steps=400, lr=1e-3, **common),
+            instruct=TrainConfig(steps=420, lr=1e-3, lr_scale={"image_decoder": 3.0}, **common),
         ),
     )
 

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import pickle
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -332,7 +333,7 @@ def fit(job: StageJob, callbacks: Sequence[Any] = ()) -> dict[str, dict[str, flo
     resources = {"CPU": scaling.cpus_per_worker, **({"GPU": 1} if scaling.use_gpu else {})}
     trainer = _trainer_class()(
         train_loop,
-        train_loop_config={"job": job},
+        train_loop_config={"job": pickle.dumps(job)},
         torch_config=TorchConfig(backend="nccl" if scaling.use_gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
             num_workers=scaling.num_workers, use_gpu=scaling.use_gpu, resources_per_worker=resources

@@ -75,12 +75,26 @@ def test_bridge_has_its_ends_where_they_belong(rng: torch.Generator) -> None:
 @pytest.mark.parametrize(("height", "width"), [(48, 40), (50, 45), (17, 33)])
 def test_any_matrix_size_is_segmented(rng: torch.Generator, height: int, width: int) -> None:
     decoder, condition, pyramid = decoder_and_inputs(rng, height, width)
-    probability = decoder.segment(torch.randn(2, height, width, generator=rng), condition, pyramid, num_steps=2)
-    assert probability.shape == (2, height, width)
+    image = torch.randn(2, height, width, generator=rng)
+    probability = decoder.segment(image, condition[:, None], pyramid, num_steps=2)
+    assert probability.shape == (2, 1, height, width)
     assert ((probability >= 0) & (probability <= 1)).all()
+
+
+def test_masks_follow_their_prompts(rng: torch.Generator) -> None:
+    """Prompts that share a pass may come in any order; the same prompt twice gets the same mask twice."""
+    decoder, _, pyramid = decoder_and_inputs(rng)
+    image = torch.randn(2, 48, 40, generator=rng)
+    prompts = torch.randn(2, 3, 16, preset("tiny").connector.dim, generator=rng)
+    masks = decoder.segment(image, prompts, pyramid, num_steps=2)
+    turned = decoder.segment(image, prompts.flip(1), pyramid, num_steps=2)
+    torch.testing.assert_close(turned, masks.flip(1), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(masks[:, 0], masks[:, 1])
+    twice = decoder.segment(image, prompts[:, [0, 1, 1]], pyramid, num_steps=2)
+    torch.testing.assert_close(twice[:, 1], twice[:, 2])
 
 
 def test_number_of_steps_is_bounded(rng: torch.Generator) -> None:
     decoder, condition, pyramid = decoder_and_inputs(rng)
     with pytest.raises(ValueError, match="expected 1 to 50"):
-        decoder.segment(torch.zeros(2, 48, 40), condition, pyramid, num_steps=0)
+        decoder.segment(torch.zeros(2, 48, 40), condition[:, None], pyramid, num_steps=0)

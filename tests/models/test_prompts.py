@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from omnimri.models import tokenizer as special
+from omnimri.models import special_tokens as special
 from omnimri.models.prompts import (
     IGNORED,
     INSTRUCTIONS,
@@ -16,7 +16,8 @@ from omnimri.models.prompts import (
     task_of,
     untagged,
 )
-from omnimri.models.tokenizer import SPECIAL_TOKENS, load_tokenizer, train_tokenizer
+from omnimri.models.special_tokens import SPECIAL_TOKENS
+from omnimri.models.tokenizer import load_tokenizer, train_tokenizer
 from omnimri.models.vocabulary import DIAGNOSES, STRUCTURES, TASKS
 
 

@@ -44,7 +44,7 @@ SMALLEST = OmniMRIConfig(
     ),
     text_encoder=TextEncoderConfig(hidden_size=32, num_layers=1, num_heads=1, num_kv_heads=1, width=32),
     connector=ConnectorConfig(num_queries=4, num_layers=1, dim=32),
-    image_decoder=ImageDecoderConfig(channels=(16, 32), num_res_blocks=1, num_head_channels=16),
+    image_decoder=ImageDecoderConfig(channels=(8, 16), num_heads=2),
     flow_head=FlowHeadConfig(width=32, depth=1),
     inputs=InputConfig(volume_shape=(8, 32, 32), volume_spacing_mm=(12.0, 4.0, 4.0), slice_spacing_mm=4.0),
     embedding_dim=16,
