@@ -242,7 +242,7 @@ class Engine:
 
     @torch.inference_mode()
     def reconstruct(
-        self, scan: Scan, prompt: Prompt, *, num_steps: int = 4, seed: int = 0, num_samples: int = 1
+        self, scan: Scan, prompt: Prompt, *, num_steps: int = 2, seed: int = 0, num_samples: int = 1
     ) -> Reconstruction:
         """The image of an undersampled scan.
 
@@ -296,7 +296,7 @@ class Engine:
         return torch.cat(images)
 
     @torch.inference_mode()
-    def segment(self, scan: Scan, prompts: dict[str, Prompt], *, num_steps: int = 2, seed: int = 0) -> Segmentation:
+    def segment(self, scan: Scan, prompts: dict[str, Prompt], *, num_steps: int = 1, seed: int = 0) -> Segmentation:
         """Masks of the structures that the prompts ask for, one prompt each.
 
         Args:

@@ -133,7 +133,7 @@ class UploadForm(BaseModel):
 class ReconstructForm(UploadForm):
     """Reconstruction from k-space."""
 
-    num_steps: int = Field(4, ge=1, le=8, description="Steps of the diffusion bridge.")
+    num_steps: int = Field(2, ge=1, le=8, description="Steps of the diffusion bridge.")
     num_samples: int = Field(1, ge=1, le=8, description="Samples; more than one adds an uncertainty map.")
     acceleration: int | None = Field(
         None, ge=2, le=16, description="Undersample a fully sampled file by this factor first, to try the model out."
@@ -149,7 +149,7 @@ class SegmentForm(UploadForm):
         description=f"Comma separated; known: {', '.join(STRUCTURES)}. Default: those the instruction names, "
         f"else {', '.join(TISSUES)}.",
     )
-    num_steps: int = Field(2, ge=1, le=8, description="Steps of the mask bridge.")
+    num_steps: int = Field(1, ge=1, le=8, description="Steps of the mask bridge.")
 
 
 class TextForm(UploadForm):

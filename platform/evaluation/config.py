@@ -25,9 +25,9 @@ class EvaluateConfig:
     """Share of fully sampled centre lines, one for each acceleration."""
     mask_kind: str = "equispaced"
     """Undersampling: equispaced (fastMRI brain) or random (fastMRI knee)."""
-    reconstruct_steps: int = 4
+    reconstruct_steps: int = 2
     """Network evaluations of the image decoder for one reconstruction."""
-    segment_steps: int = 2
+    segment_steps: int = 1
     max_new_tokens: int = 192
     """Longest text answer."""
     iou_threshold: float = 0.1
