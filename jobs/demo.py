@@ -75,17 +75,24 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def collect_real_files(out: Path) -> list[Path]:
-    """Real MR files of pydicom and nibabel, and files that ingest must refuse, each group in a folder."""
+    """Real MR files of pydicom and nibabel, and files that ingest must refuse, each group in a folder.
+
+    Files that are there already stay untouched: ingest would take a newer one for another corpus.
+    """
     read, refused = out / "read", out / "refused"
-    for folder, names in ((read, REAL_DICOM), (refused, REFUSED_DICOM)):
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in names:
-            shutil.copy(str(get_testdata_file(name, download=False)), folder / name)
+    wanted = {read / name: Path(str(get_testdata_file(name, download=False))) for name in REAL_DICOM}
+    wanted |= {refused / name: Path(str(get_testdata_file(name, download=False))) for name in REFUSED_DICOM}
     nibabel = importlib.util.find_spec("nibabel")
     assert nibabel is not None
     assert nibabel.origin is not None
-    shutil.copy(Path(nibabel.origin).parent / "tests" / "data" / "example4d.nii.gz", read / "example4d.nii.gz")
-    (refused / "notes.nii.gz").write_text("This is a text file with the name of an image.\n")
+    wanted[read / "example4d.nii.gz"] = Path(nibabel.origin).parent / "tests" / "data" / "example4d.nii.gz"
+    for target, source in wanted.items():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not target.exists():
+            shutil.copy(source, target)
+    notes = refused / "notes.nii.gz"
+    if not notes.exists():
+        notes.write_text("This is a text file with the name of an image.\n")
     return [read, refused]
 
 

@@ -153,7 +153,7 @@ def _made_by_ray(wanted: Wanted, maker: SampleMaker, config: StreamConfig) -> It
     process, and took more than half of a trainer's time on two cores (Ray 2.60).
     """
     starts = [0, *range(config.num_tasks * config.slots_per_task, len(wanted), config.slots_per_segment), len(wanted)]
-    segments = (_segment_by_ray(wanted[first:end], maker, config) for first, end in pairwise(starts))
+    segments = (_segment_by_ray(wanted[first:end], maker, config) for first, end in pairwise(starts) if first < end)
     with contextlib.closing(_ahead(segments, 1)) as ready:
         for blocks in ready:
             for block in blocks.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
