@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import logging
 import os
@@ -164,7 +165,13 @@ def _claim(out: Path, config: CorpusConfig) -> None:
     elif out.is_dir() and any(out.iterdir()):
         raise ValueError(f"{out} holds files that are no corpus. Name another folder.")
     out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(card, indent=1))
+    _write_new(path, json.dumps(card, indent=1))
+
+
+def _write_new(path: Path, text: str) -> None:
+    """Write a file unless it says that already: ingest would take a newer file for another corpus."""
+    if not path.is_file() or path.read_text() != text:
+        path.write_text(text)
 
 
 def _card(config: CorpusConfig) -> dict[str, Any]:
@@ -276,7 +283,8 @@ def _participant(patient: Patient) -> dict[str, Any]:
 
 
 def _write_table(rows: list[dict[str, Any]], path: Path) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), delimiter="\t", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, fieldnames=list(rows[0]), delimiter="\t", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    _write_new(path, table.getvalue())

@@ -320,6 +320,9 @@ def test_a_corpus_streams_through_ray_grows_and_refuses_other_settings(ray_clust
     assert card["notice"] == NOTICE
     assert "Not evidence of clinical performance" in NOTICE
     assert not list(out.glob(".*"))
+    files = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    write_corpus(out, replace(config, num_patients=3))
+    assert {path: path.stat().st_mtime_ns for path in files} == files, "complete already: no file may look newer"
     beyond = write_corpus(tmp_path / "beyond", replace(config, first=2, num_patients=1))
     assert [row["participant_id"] for row in beyond.participants] == ["sub-0003"]
     for name in ("annotations.json", "labels/sub-0003_T2w_dseg.nii.gz"):
