@@ -61,7 +61,10 @@ def _instructions(sample: dict[str, Any]) -> list[str]:
 
 
 def sequence_batch(sequences: Sequence[TokenSequence], builder: SequenceBuilder) -> dict[str, Tensor]:
-    """Right-padded `token_ids`, `labels` `(B, L)`, `lengths` `(B,)`, and where the visual and query tokens stand."""
+    """Right-padded `token_ids`, `labels` `(B, L)`, `lengths` `(B,)`, and where things stand.
+
+    `visual_places`, `query_places` and `instruction_places` (the user's words after the volume) are bool `(B, L)`.
+    """
     ids = _pad([s.token_ids for s in sequences], builder.tokenizer.pad_token_id)
     queries = [builder.tokenizer.convert_tokens_to_ids(f"<q{i}>") for i in range(builder.num_queries)]
     return {
@@ -70,8 +73,15 @@ def sequence_batch(sequences: Sequence[TokenSequence], builder: SequenceBuilder)
         "lengths": torch.tensor([len(s.token_ids) for s in sequences]),
         "visual_places": ids == builder.tokenizer.convert_tokens_to_ids(special.IMAGE_PAD),
         "query_places": torch.isin(ids, torch.tensor(queries)),
+        "instruction_places": _after(ids, builder, special.VISION_END) & ~_after(ids, builder, special.TURN_END),
         "num_tokens": torch.tensor(sum(len(s.token_ids) for s in sequences)),
     }
+
+
+def _after(ids: Tensor, builder: SequenceBuilder, token: str) -> Tensor:
+    """Places behind the first occurrence of a token, bool `(B, L)`."""
+    seen = (ids == builder.tokenizer.convert_tokens_to_ids(token)).cumsum(1) > 0
+    return seen.roll(1, dims=1).index_fill(1, torch.tensor([0]), value=False)
 
 
 def _text_batch(samples: Sequence[dict[str, Any]], builder: SequenceBuilder) -> dict[str, Tensor]:

@@ -146,7 +146,7 @@ class Engine:
         sequence = self.sequences.request(instruction, scan.facts, task)
         batch = sequence_batch([sequence], self.sequences)
         embeds = self.model.embed(batch["token_ids"], visual, batch["visual_places"])
-        queries = self._queries(embeds, batch["query_places"]) if task in IMAGE_TASKS else None
+        queries = self._queries(embeds, batch) if task in IMAGE_TASKS else None
         return Prompt(
             task=task,
             instruction=instruction,
@@ -156,9 +156,9 @@ class Engine:
             warnings=tuple(self._warnings(scan)),
         )
 
-    def _queries(self, embeds: Tensor, places: Tensor) -> np.ndarray:
+    def _queries(self, embeds: Tensor, batch: dict[str, Tensor]) -> np.ndarray:
         hidden = self.model.backbone.model(inputs_embeds=embeds).last_hidden_state
-        return self.model.connector(hidden[places][None])[0].float().numpy()
+        return self.model.conditions(hidden, batch)[0].float().numpy()
 
     def _warnings(self, scan: Scan) -> Iterator[str]:
         """Where a scan is unlike what the model was trained on, as far as its header and grid tell."""

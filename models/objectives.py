@@ -194,7 +194,7 @@ class InstructionTuning(nn.Module):
 
     def _condition(self, batch: Batch, hidden: Tensor) -> Tensor:
         """Connector output per slice: `(B S, K, P)`, or `(B S, N, K, P)` to segment."""
-        states = self.model.connector(hidden[batch["query_places"]].unflatten(0, (len(hidden), -1)))
+        states = self.model.conditions(hidden, batch)
         if "kspace" in batch:
             return _repeat(states, len(batch["kspace"]))
         return _repeat(states.unflatten(0, (len(batch["volume"]), -1)), len(batch["slices"]))

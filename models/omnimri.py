@@ -127,6 +127,19 @@ class OmniMRI(nn.Module):
         embeddings = self.backbone.get_input_embeddings()(token_ids)
         return embeddings.masked_scatter(places[..., None], visual.to(embeddings.dtype))
 
+    def conditions(self, hidden: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        """What the image decoder is told, `(B, K, P)`, from the backbone's states `(B, L, H)` of a `sequence_batch`.
+
+        The connector reads each query's state plus the mean embedding of the instruction's words: among a hundred
+        visual and other tokens, a backbone that has learned little does not attend to the word that says what to
+        segment, and its states of different prompts are nearly the same.
+        """
+        states = hidden[batch["query_places"]].unflatten(0, (len(hidden), -1))
+        weights = batch["instruction_places"].to(hidden.dtype)
+        words = torch.einsum("blh,bl->bh", self.backbone.get_input_embeddings()(batch["token_ids"]), weights)
+        words = nn.functional.rms_norm(words / weights.sum(1, keepdim=True).clamp_min(1), words.shape[-1:], eps=1e-8)
+        return self.connector(states + words[:, None])
+
     def save(
         self, folder: Path | str, tokenizer: PreTrainedTokenizerBase, *, version: str, run: Mapping[str, Any]
     ) -> None:

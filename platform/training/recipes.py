@@ -32,9 +32,9 @@ def tiny(name: str, data: Sequence[Folder], out: Folder) -> RunConfig:
         "image": 0.3,
         "image.slices": 0.7,
         "paired": 1.0,
-        "instruct.reconstruct": 0.3,
-        "instruct.segment": 0.5,
-        "instruct.text": 0.2,
+        "instruct.reconstruct": 0.34,
+        "instruct.segment": 0.51,
+        "instruct.text": 0.15,
     }
     common: dict[str, Any] = {"rows_per_step": rows, "weights": weights, "log_every": 10, "checkpoint_every": 100}
     return RunConfig(
@@ -44,9 +44,9 @@ def tiny(name: str, data: Sequence[Folder], out: Folder) -> RunConfig:
         out=_absolute([out])[0],
         train=StageConfigs(
             vision=TrainConfig(steps=40, lr=1e-3, **common),
-            align=TrainConfig(steps=120, lr=5e-4, weight_decay=0.1, **common),
+            align=TrainConfig(steps=100, lr=5e-4, weight_decay=0.1, **common),
             multimodal=TrainConfig(steps=60, lr=1e-3, weight_decay=0.1, **(common | {"weights": weights | _ONLY_TEXT})),
-            instruct=TrainConfig(steps=480, lr=1e-3, lr_scale={"image_decoder": 3.0}, **common),
+            instruct=TrainConfig(steps=520, lr=1e-3, lr_scale={"image_decoder": 3.0}, **common),
         ),
     )
 
