@@ -80,8 +80,11 @@ def collect_real_files(out: Path) -> list[Path]:
     Files that are there already stay untouched: ingest would take a newer one for another corpus.
     """
     read, refused = out / "read", out / "refused"
-    wanted = {read / name: Path(str(get_testdata_file(name, download=False))) for name in REAL_DICOM}
-    wanted |= {refused / name: Path(str(get_testdata_file(name, download=False))) for name in REFUSED_DICOM}
+    wanted = {
+        folder / name: Path(str(get_testdata_file(name, download=False)))
+        for folder, names in ((read, REAL_DICOM), (refused, REFUSED_DICOM))
+        for name in names
+    }
     nibabel = importlib.util.find_spec("nibabel")
     assert nibabel is not None
     assert nibabel.origin is not None

@@ -63,7 +63,8 @@ def _instructions(sample: dict[str, Any]) -> list[str]:
 def sequence_batch(sequences: Sequence[TokenSequence], builder: SequenceBuilder) -> dict[str, Tensor]:
     """Right-padded `token_ids`, `labels` `(B, L)`, `lengths` `(B,)`, and where things stand.
 
-    `visual_places`, `query_places` and `instruction_places` (the user's words after the volume) are bool `(B, L)`.
+    `visual_places`, `query_places` and `instruction_places` (the user's words after the volume, with the end of
+    the turn) are bool `(B, L)`.
     """
     ids = _pad([s.token_ids for s in sequences], builder.tokenizer.pad_token_id)
     queries = [builder.tokenizer.convert_tokens_to_ids(f"<q{i}>") for i in range(builder.num_queries)]

@@ -306,8 +306,10 @@ class Engine:
             seed: Kept for samplers with noise; the bridge is walked without it.
 
         Raises:
-            ValueError: If a prompt is of another task.
+            ValueError: If there is no prompt, or one of another task.
         """
+        if not prompts:
+            raise ValueError("segment: expected a prompt for each structure, found none.")
         source = self.preprocess.slices(scan)
         queries = torch.stack([_queries_of(prompt, "segment") for prompt in prompts.values()])
         parts = [

@@ -20,7 +20,6 @@ import zlib
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -52,13 +51,16 @@ class StreamConfig:
     prefetch: int = 4
     """Batches that lie ready in the worker; 0 makes each when it is asked for."""
     slots_per_segment: int = 32
-    """Slots of one execution of Ray Data; at most three segments lie in its object store, per worker."""
+    """Slots of one execution of Ray Data, at most; fewer where `memory_mb` asks for it."""
+    memory_mb: int = 512
+    """About what finished samples may take in Ray's object store, per worker; three segments lie there at most."""
 
     def __post_init__(self) -> None:
-        if min(self.num_tasks, self.prefetch) < 0 or min(self.slots_per_task, self.slots_per_segment) < 1:
+        positive = (self.slots_per_task, self.slots_per_segment, self.memory_mb)
+        if min(self.num_tasks, self.prefetch) < 0 or min(positive) < 1:
             raise ValueError(
-                "StreamConfig: num_tasks and prefetch must be 0 or more, slots_per_task and slots_per_segment 1 or "
-                f"more; found {self}."
+                "StreamConfig: num_tasks and prefetch must be 0 or more, slots_per_task, slots_per_segment and "
+                f"memory_mb 1 or more; found {self}."
             )
 
 
@@ -152,13 +154,23 @@ def _made_by_ray(wanted: Wanted, maker: SampleMaker, config: StreamConfig) -> It
     Segments are made to their end and not streamed: an execution that waits for its reader keeps scheduling, in this
     process, and took more than half of a trainer's time on two cores (Ray 2.60).
     """
-    starts = [0, *range(config.num_tasks * config.slots_per_task, len(wanted), config.slots_per_segment), len(wanted)]
-    segments = (_segment_by_ray(wanted[first:end], maker, config) for first, end in pairwise(starts) if first < end)
-    with contextlib.closing(_ahead(segments, 1)) as ready:
+    with contextlib.closing(_ahead(_segments(wanted, maker, config), 1)) as ready:
         for blocks in ready:
             for block in blocks.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
                 for packed in block["samples"]:
                     yield pickle.loads(packed.as_buffer())
+
+
+def _segments(wanted: Wanted, maker: SampleMaker, config: StreamConfig) -> Iterator[Any]:
+    """A short segment first, so that training starts soon; the size of each bounds the number of slots in the next."""
+    first, count = 0, config.num_tasks * config.slots_per_task
+    while first < len(wanted):
+        segment = wanted[first : first + count]
+        blocks = _segment_by_ray(segment, maker, config)
+        yield blocks
+        first += count
+        slot_bytes = max(1.0, blocks.size_bytes() / len(segment))
+        count = max(1, min(config.slots_per_segment, int(config.memory_mb * 2**20 / (3 * slot_bytes))))
 
 
 def _segment_by_ray(wanted: Wanted, maker: SampleMaker, config: StreamConfig) -> Any:

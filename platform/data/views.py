@@ -173,7 +173,10 @@ def reconstruction_arrays(scan: Scan, slices: np.ndarray) -> dict[str, np.ndarra
 
 
 def segmentation_sample(row: Row, rng: np.random.Generator, options: ViewOptions) -> Sample:
-    """Slices of one volume and the masks of several structures, `slice_target` `(S, N, H, W)`; half show a lesion."""
+    """Slices of one volume and the masks of several structures, `slice_target` `(S, N, H, W)`.
+
+    Half of the slices show a lesion where the volume has one.
+    """
     scan = row_to_scan(row)
     names: dict[int, str] = row["label_names"]
     structures = _drawn_structures(names, options.structures_per_sample, rng)
@@ -182,19 +185,21 @@ def segmentation_sample(row: Row, rng: np.random.Generator, options: ViewOptions
     def on_slices(mask: np.ndarray) -> torch.Tensor:
         return torch.as_tensor(options.preprocess.slice_labels(mask, scan, source.axis))
 
-    lesion = on_slices(structure_mask(row["label_map"], names, LESION)).flatten(1).any(1).numpy()
+    masks = {name: on_slices(structure_mask(row["label_map"], names, name)) for name in {*structures, LESION}}
+    lesion = masks[LESION].flatten(1).any(1).numpy()
     anatomy = on_slices(row["label_map"] > 0).flatten(1).any(1).numpy()
     num_lesion = options.slices_per_sample // 2 if lesion.any() else 0
     chosen = np.concatenate(
         [_draw(lesion, num_lesion, rng), _draw(anatomy, options.slices_per_sample - num_lesion, rng)]
     )
-    masks = [on_slices(structure_mask(row["label_map"], names, name))[chosen] for name in structures]
     return _volume_fields(row, options) | {
         "task": "segment",
         "instruction": [instruction_for("segment", structure=name, rng=rng) for name in structures],
         "facts": _facts(row, rng),
         "slices": _to_slice_grid(source.slices[chosen], options).numpy(),
-        "slice_target": torch.stack([_to_slice_grid(mask, options) for mask in masks], dim=1).numpy(),
+        "slice_target": torch.stack(
+            [_to_slice_grid(masks[name][chosen], options) for name in structures], dim=1
+        ).numpy(),
     }
 
 

@@ -17,10 +17,11 @@ from typing import Any
 from omnimri.platform.cluster import ensure_ray, worker_environment
 from omnimri.platform.errors import OmniMRIError
 from omnimri.platform.tracking import Tracker
+from omnimri.platform.training.bench import StageJob, plan_data
 from omnimri.platform.training.checkpoints import Meta
 from omnimri.platform.training.config import RunConfig, digest
 from omnimri.platform.training.kit import Kit
-from omnimri.platform.training.loop import StageJob, plan_data, train_loop, train_stage
+from omnimri.platform.training.loop import train_loop, train_stage
 from omnimri.platform.training.meters import LossTenths
 from omnimri.platform.training.session import LocalSession
 from omnimri.platform.training.stages import stage_named

@@ -85,7 +85,8 @@ def test_prefetching_changes_nothing() -> None:
 
 
 def test_ray_data_makes_the_same_samples_in_the_same_order(ray_cluster: None) -> None:
-    assert read(config=StreamConfig(num_tasks=2, slots_per_task=3)) == read()
+    """Over several segments: of six slots, then five at a time."""
+    assert read(config=StreamConfig(num_tasks=2, slots_per_task=3, slots_per_segment=5)) == read()
 
 
 def test_a_failing_row_is_named() -> None:

@@ -1,0 +1,51 @@
+"""Samples for segmentation: every instruction gets the mask of the structure it names."""
+
+import numpy as np
+import pytest
+
+from omnimri.models.config import InputConfig
+from omnimri.models.preprocess import Preprocess
+from omnimri.models.vocabulary import LESION, TISSUES
+from omnimri.platform.data.shards import Shards, load_row
+from omnimri.platform.data.views import ViewOptions, segmentation_sample, structure_mask
+from tests.platform.shards_fakes import write_shards
+
+NATIVE = InputConfig(volume_shape=(8, 32, 32), volume_spacing_mm=(12.0, 4.0, 4.0), slice_spacing_mm=4.0)
+"""The grid of the fake volumes, so that nothing is resampled."""
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    folder = write_shards(tmp_path_factory.mktemp("views") / "shards")
+    return [load_row(ref) for ref in Shards.open([str(folder)]).rows]
+
+
+def options(slices: int, structures: int = 4) -> ViewOptions:
+    return ViewOptions(preprocess=Preprocess(NATIVE), slices_per_sample=slices, structures_per_sample=structures)
+
+
+def test_every_instruction_gets_the_mask_it_names(rows: list[dict]) -> None:
+    healthy = next(row for row in rows if not structure_mask(row["label_map"], row["label_names"], LESION).any())
+    anatomy = np.flatnonzero((healthy["label_map"] > 0).any(axis=(1, 2)))
+    for seed in range(4):
+        sample = segmentation_sample(healthy, np.random.default_rng(seed), options(len(anatomy)))
+        assert sample["slice_target"].shape == (len(anatomy), 4, 32, 32)
+        named = [next(s for s in (*TISSUES, LESION) if s in text) for text in sample["instruction"]]
+        assert sorted(named) == sorted((*TISSUES, LESION))
+        for number, structure in enumerate(named):
+            truth = structure_mask(healthy["label_map"], healthy["label_names"], structure)[anatomy]
+            np.testing.assert_array_equal(sample["slice_target"][:, number].sum((1, 2)), truth.sum((1, 2)))
+
+
+def test_half_of_the_slices_show_the_lesion_of_a_patient_who_has_one(rows: list[dict]) -> None:
+    ill = next(row for row in rows if structure_mask(row["label_map"], row["label_names"], LESION).any())
+    sample = segmentation_sample(ill, np.random.default_rng(0), options(4))
+    number = next(i for i, text in enumerate(sample["instruction"]) if LESION in text)
+    assert sample["slice_target"][:, number].any(axis=(1, 2)).sum() >= 2
+
+
+def test_tissues_that_a_data_set_does_not_label_are_not_asked_for(rows: list[dict]) -> None:
+    """Not labelled is not absent: an empty mask of grey matter would teach something false."""
+    lesions_only = {**rows[0], "label_names": {1: "infarct"}}
+    sample = segmentation_sample(lesions_only, np.random.default_rng(0), options(2, structures=2))
+    assert all(LESION in text for text in sample["instruction"])
