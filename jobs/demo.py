@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import shutil
 import time
 import zipfile
@@ -26,8 +27,9 @@ from pydicom.data import get_testdata_file
 from omnimri.jobs.command import job_parser, run_job
 from omnimri.jobs.pipeline import make_config, print_result
 from omnimri.models.vocabulary import NORMAL, STRUCTURES, TASKS
-from omnimri.platform.cluster import ensure_ray
+from omnimri.platform.cluster import ensure_ray, environment
 from omnimri.platform.corpus.corpus import CorpusConfig, Patient, write_corpus
+from omnimri.platform.data.deid import KEY_VARIABLE
 from omnimri.platform.pipeline import run_pipeline
 from omnimri.platform.tracking import Tracker, tracking_uri
 from omnimri.serve.app import running_app
@@ -43,6 +45,9 @@ LIMITS = (
     "evaluate.max_volumes=16", "evaluate.max_image_volumes=6", "evaluate.max_new_tokens=120",
 )  # fmt: skip
 """What keeps the demo short; `--set` still overrides."""
+
+PUBLIC_KEY = "simulated patients have no secret"
+"""Pseudonym key unless OMNIMRI_DEID_KEY names one: order of training and scored volumes are the same everywhere."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -60,7 +65,8 @@ def main(argv: list[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> None:
     started, out = time.monotonic(), args.out.absolute()
     config = make_config(out, "tiny", args.trials, [*LIMITS, *args.overrides])
-    with ensure_ray():
+    key = {KEY_VARIABLE: os.environ.get(KEY_VARIABLE, PUBLIC_KEY)}
+    with environment(key), ensure_ray():
         corpus = write_corpus(out / "corpus", CorpusConfig(num_patients=args.patients)).out
         sources = [corpus, *collect_real_files(out / "real_files")]
         with Tracker.start(tracking_uri(out), "demo", params=config, tags={"job": "demo"}, resume=True) as tracker:

@@ -80,14 +80,14 @@ class ConnectorConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageDecoderConfig:
-    """Conditional U-Net with bridges for reconstruction and segmentation."""
+    """Conditional U-Nets with bridges for reconstruction and segmentation, of one shape."""
 
     channels: tuple[int, ...]
     """Channels per level; the first works at the image's resolution."""
     num_heads: int
     """Of the cross-attention to the prompt at the coarsest level."""
     mask_channels: int = 8
-    """Feature maps that the masks of several prompts share; two of them carry the complex image to reconstruct."""
+    """Feature maps that the masks of several prompts about one slice share."""
     recon_noise: float = 0.05
     """Standard deviation s of the reconstruction bridge, in units of the slice's maximum."""
     segment_noise: float = 0.5
@@ -96,10 +96,6 @@ class ImageDecoderConfig:
     """Regularisation of conjugate-gradient data consistency; larger trusts the network more."""
     consistency_steps: int = 4
     """Conjugate-gradient iterations inside each sampling step."""
-
-    def __post_init__(self) -> None:
-        if self.mask_channels < 2:
-            raise ValueError(f"ImageDecoderConfig.mask_channels must be at least 2, found {self.mask_channels}.")
 
 
 @dataclass(frozen=True, kw_only=True)

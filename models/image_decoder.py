@@ -1,9 +1,12 @@
-"""Image decoder: a conditional U-Net that reconstructs and segments by bridges, with data consistency inside.
+"""Image decoder: conditional U-Nets that reconstruct and segment by bridges, with data consistency inside.
 
 Reconstruction walks from the SENSE image to the image (I2SB, arXiv 2302.05872; InDI, arXiv 2303.11435);
-segmentation from neutral masks to masks in [-1, 1]. The trunk predicts the clean image `x0`; a diffusers scheduler
+segmentation from neutral masks to masks in [-1, 1]. A trunk predicts the clean image `x0`; a diffusers scheduler
 takes the step. What to do comes from the backbone's query states; the image itself by channels and by the Swin
 pyramid, since fine detail would not survive the backbone.
+
+Each bridge has its own trunk: what removes aliasing and what tells tissues apart share little, and one trunk for both
+learned reconstruction more slowly.
 
 Several prompts about one slice share one pass: each writes its mask into, and reads its logit from, the trunk's
 feature maps through a vector of its own (as MaskFormer, arXiv 2107.06278, reads its masks).
@@ -14,10 +17,10 @@ feature maps through a vector of its own (as MaskFormer, arXiv 2107.06278, reads
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from diffusers import FlowMatchEulerDiscreteScheduler
 from einops import rearrange
 from torch import Tensor, nn
@@ -26,9 +29,7 @@ from omnimri.models.config import ImageDecoderConfig
 from omnimri.models.physics import SenseOperator, data_consistency
 from omnimri.models.trunk import ConditionalUNet
 
-RECONSTRUCT, SEGMENT = 0, 1
-_IMAGE_CHANNELS = 2
-_RECON_CHANNELS = 2  # real and imaginary part
+_COMPLEX = 2  # channels of a complex image: real and imaginary part
 _INPUT_SCALE = 3.0
 """Slices are scaled to a maximum of one; tissue lies near a third of it."""
 _RESIDUAL_SCALE = 0.1
@@ -56,53 +57,31 @@ class Measurement:
 
 
 class ImageDecoder(nn.Module):
-    """One trunk for both bridges."""
+    """Two bridges, each with its trunk, behind one condition."""
 
     def __init__(self, config: ImageDecoderConfig, condition_dim: int, pyramid_channels: tuple[int, ...]) -> None:
         super().__init__()
         self.config = config
-        self.trunk = ConditionalUNet(
-            config.mask_channels + _IMAGE_CHANNELS,
-            _RECON_CHANNELS + config.mask_channels,
-            config.channels,
+        trunk = partial(
+            ConditionalUNet,
+            channels=config.channels,
             condition_dim=condition_dim,
             pyramid_channels=pyramid_channels,
             num_heads=config.num_heads,
-            num_tasks=2,
         )
-        with torch.no_grad():  # reconstruction starts where the data are
-            self.trunk.last.weight[:_RECON_CHANNELS] = 0
-            self.trunk.last.bias[:_RECON_CHANNELS] = 0
+        self.reconstruct_trunk = trunk(2 * _COMPLEX, _COMPLEX)
+        nn.init.zeros_(self.reconstruct_trunk.last.weight)  # starts where the data are
+        nn.init.zeros_(self.reconstruct_trunk.last.bias)
+        self.segment_trunk = trunk(config.mask_channels + 1, config.mask_channels)
         self.prompt = nn.Sequential(nn.LayerNorm(condition_dim), nn.Linear(condition_dim, 2 * config.mask_channels + 1))
-
-    def forward(
-        self, state: Tensor, image: Tensor, time: Tensor, task: int, condition: Tensor, pyramid: list[Tensor]
-    ) -> Tensor:
-        """Trunk output `(B, 2 + M, H, W)`: real and imaginary residual, mask features.
-
-        Args:
-            state: `(B, <= M, H, W)`, the bridge's `x_t`: real and imaginary part, or masks in the prompts' channels.
-            image: `(B, 2, H, W)`, what is being read (real and imaginary part of the start, or magnitude and zero).
-            time: `(B,)` in (0, 1]; 1 is where the bridge starts.
-            task: RECONSTRUCT or SEGMENT.
-            condition: `(B, K, P)` from the query connector.
-            pyramid: Swin feature maps `(B, E, H', W')` of the slice, finest first.
-        """
-        height, width = image.shape[-2:]
-        state = F.pad(state, (0, 0, 0, 0, 0, self.config.mask_channels - state.shape[1]))
-        multiple = self.trunk.multiple
-        x = F.pad(torch.cat([state, image], dim=1), (0, -width % multiple, 0, -height % multiple))
-        return self.trunk(x, time, task, condition, pyramid)[..., :height, :width]
 
     def predict_image(
         self, state: Tensor, time: Tensor, measured: Measurement, condition: Tensor, pyramid: list[Tensor],
         *, consistent: bool = True,
     ) -> Tensor:  # fmt: skip
         """Clean complex image `x0` `(B, H, W)`: the start plus a residual, then data consistency in float32."""
-        residual = _RESIDUAL_SCALE * self(
-            _INPUT_SCALE * as_channels(state), _INPUT_SCALE * as_channels(measured.initial), time, RECONSTRUCT,
-            condition, pyramid,
-        )  # fmt: skip
+        shown = _INPUT_SCALE * torch.cat([as_channels(state), as_channels(measured.initial)], dim=1)
+        residual = _RESIDUAL_SCALE * self.reconstruct_trunk(shown, time, condition, pyramid)
         estimate = measured.initial + torch.complex(residual[:, 0].float(), residual[:, 1].float())
         if not consistent:
             return estimate
@@ -125,8 +104,8 @@ class ImageDecoder(nn.Module):
         """
         write, read, offset = self.prompt(condition.mean(2)).split([self.config.mask_channels] * 2 + [1], dim=-1)
         written = torch.einsum("bnhw,bnm->bmhw", state, write)
-        shown = torch.stack([image, torch.zeros_like(image)], dim=1)
-        features = self(written, shown, time, SEGMENT, condition.flatten(1, 2), pyramid)[:, _RECON_CHANNELS:]
+        shown = torch.cat([written, image[:, None]], dim=1)
+        features = self.segment_trunk(shown, time, condition.flatten(1, 2), pyramid)
         return torch.einsum("bmhw,bnm->bnhw", features, read) + offset[..., None]
 
     @torch.no_grad()

@@ -182,7 +182,7 @@ class OmniMRI(nn.Module):
             config: Another configuration: parts whose shapes differ then start afresh, and the log names them.
 
         Raises:
-            ValueError: If the folder is not a checkpoint or was written by a newer format.
+            ValueError: If the folder is not a checkpoint, was written by a newer format, or holds other tensors.
         """
         folder = Path(folder)
         index = read_index(folder)
@@ -251,6 +251,14 @@ def _load_part(part: nn.Module, folder: Path, *, strict: bool) -> None:
     if changed and not strict:
         logger.warning("%s: %d tensors have another shape and start afresh: %s", folder.name, len(changed), changed[:3])
         tensors = {name: value for name, value in tensors.items() if name not in changed}
+    missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    if strict and (missing or unexpected or changed):
+        raise ValueError(
+            f"{folder}: expected the tensors of this version's {type(part).__name__}, found "
+            f"{len(missing)} missing {missing[:2]}, {len(unexpected)} unknown {unexpected[:2]}, "
+            f"{len(changed)} of another shape {changed[:2]}. "
+            "Was it written by another version? Train it again, or use that version."
+        )
     part.load_state_dict(tensors, strict=strict)
 
 

@@ -1,7 +1,7 @@
 """The network inside the image decoder: a U-Net whose every level hears what is wanted.
 
 MONAI's `BasicUNet` blocks (convolution, instance norm, leaky ReLU), with three additions: a scale and shift of every
-level by time, task and prompt (FiLM, arXiv 1709.07871), cross-attention to the prompt at the coarsest level, and the
+level by time and prompt (FiLM, arXiv 1709.07871), cross-attention to the prompt at the coarsest level, and the
 Swin pyramid added level by level.
 """
 
@@ -24,7 +24,7 @@ _EMBEDDING = 128
 
 
 class ConditionalUNet(nn.Module):
-    """U-Net over slices, conditioned on a time, a task and a prompt."""
+    """U-Net over slices, conditioned on a time and a prompt."""
 
     def __init__(
         self,
@@ -35,7 +35,6 @@ class ConditionalUNet(nn.Module):
         condition_dim: int,
         pyramid_channels: tuple[int, ...],
         num_heads: int,
-        num_tasks: int,
     ) -> None:
         """Build it.
 
@@ -46,7 +45,6 @@ class ConditionalUNet(nn.Module):
             condition_dim: Width of one prompt state.
             pyramid_channels: Of the Swin maps at strides 2, 4, 8...; as many are used as there are levels for them.
             num_heads: Of the cross-attention.
-            num_tasks: Tasks that share the trunk.
         """
         super().__init__()
         blocks = {"act": _ACTIVATION, "norm": _NORM, "bias": True}
@@ -58,7 +56,6 @@ class ConditionalUNet(nn.Module):
         self.inject = nn.ModuleList(
             _zeroed(nn.Conv2d(found, wanted, 1)) for found, wanted in zip(pyramid_channels, channels[1:], strict=False)
         )
-        self.task = nn.Embedding(num_tasks, _TIME_WIDTH)
         self.embed = nn.Sequential(
             nn.Linear(_TIME_WIDTH + condition_dim, _EMBEDDING), nn.SiLU(), nn.Linear(_EMBEDDING, _EMBEDDING), nn.SiLU()
         )
@@ -70,24 +67,20 @@ class ConditionalUNet(nn.Module):
         )
         self.last = nn.Conv2d(channels[0], out_channels, 1)
 
-    @property
-    def multiple(self) -> int:
-        """Height and width must be divisible by this."""
-        return 2 ** len(self.downs)
-
-    def forward(self, x: Tensor, time: Tensor, task: int, condition: Tensor, pyramid: list[Tensor]) -> Tensor:
-        """`(B, out_channels, H, W)` of `x` `(B, in_channels, H, W)`.
+    def forward(self, x: Tensor, time: Tensor, condition: Tensor, pyramid: list[Tensor]) -> Tensor:
+        """`(B, out_channels, H, W)` of `x` `(B, in_channels, H, W)`; any H and W, padded to whole coarsest voxels.
 
         Args:
-            x: H and W divisible by `multiple`.
-            time: `(B,)` in (0, 1].
-            task: Index of the task.
+            x: The bridge's state and what else there is to see.
+            time: `(B,)` in (0, 1]; 1 is where the bridge starts.
             condition: Prompt states `(B, K, P)`.
             pyramid: Feature maps `(B, E, H / 2, W / 2)` and coarser; a map that is smaller than its level is padded.
         """
-        tasks = torch.full((len(x),), task, device=x.device)
-        embedded = get_timestep_embedding(time * 1000.0, _TIME_WIDTH) + self.task(tasks)
+        height, width = x.shape[-2:]
+        multiple = 2 ** len(self.downs)
+        embedded = get_timestep_embedding(time * 1000.0, _TIME_WIDTH)
         wanted = self.embed(torch.cat([embedded, condition.mean(1)], dim=1))
+        x = nn.functional.pad(x, (0, -width % multiple, 0, -height % multiple))
         features = _film(self.first(x), self.down_films[0](wanted))
         skips = []
         for level, down in enumerate(self.downs):
@@ -99,7 +92,7 @@ class ConditionalUNet(nn.Module):
         features = features + self._attend(features, condition)
         for level in reversed(range(len(self.ups))):
             features = _film(self.ups[level](features, skips[level]), self.up_films[level](wanted))
-        return self.last(features)
+        return self.last(features)[..., :height, :width]
 
     def _attend(self, features: Tensor, condition: Tensor) -> Tensor:
         """What each place of the coarsest level reads from the prompt."""

@@ -101,6 +101,22 @@ def ensure_ray(num_cpus: int | None = None, address: str | None = None) -> Itera
 
 
 @contextlib.contextmanager
+def quiet_ray_data() -> Iterator[None]:
+    """Leave the story of a run to our own log: Ray Data tells its plan and resources every few seconds."""
+    import ray.data
+
+    context, ray_logger = ray.data.DataContext.get_current(), logging.getLogger("ray.data")
+    former = context.enable_progress_bars, context.print_on_execution_start, ray_logger.level
+    ray_logger.setLevel(logging.ERROR)
+    context.enable_progress_bars = context.print_on_execution_start = False
+    try:
+        yield
+    finally:
+        context.enable_progress_bars, context.print_on_execution_start = former[:2]
+        ray_logger.setLevel(former[2])
+
+
+@contextlib.contextmanager
 def _connected(address: str) -> Iterator[None]:
     """Join a running cluster; its accelerators are the trainer's business, so only the common variables travel."""
     given = submitted_job().get("runtime_env", {}).get("env_vars", {})  # Ray refuses a second opinion on these

@@ -23,6 +23,7 @@ from typing import Any
 import ray
 
 from omnimri.models.vocabulary import CONTRASTS
+from omnimri.platform.cluster import quiet_ray_data
 from omnimri.platform.corpus.acquisition import Received, ideal_image, receive, relaxation
 from omnimri.platform.corpus.anatomy import Template, load_template
 from omnimri.platform.corpus.language import Case, describe, write_report
@@ -145,10 +146,15 @@ def _stream(indices: list[int], out: Path, config: CorpusConfig) -> Iterator[dic
     # A local Ray has more logical CPUs than there are cores; the template and a patient take 0.5 GB a worker.
     num_cores = (os.cpu_count() or 1) * sum(node["Alive"] for node in ray.nodes())
     workers = max(1, min(len(indices), int(ray.cluster_resources().get("CPU", 1)) // 2, num_cores))
-    dataset = ray.data.from_items([{"index": index} for index in indices], override_num_blocks=len(indices))
-    yield from dataset.map(
-        PatientWriter, fn_constructor_args=(str(out), config), num_cpus=1, concurrency=workers
-    ).iter_rows()
+    with quiet_ray_data():
+        dataset = ray.data.from_items([{"index": index} for index in indices], override_num_blocks=len(indices))
+        written = dataset.map(
+            PatientWriter,
+            fn_constructor_args=(str(out), config),
+            num_cpus=1,
+            compute=ray.data.ActorPoolStrategy(size=workers),
+        )
+        yield from written.iter_rows()
 
 
 def _claim(out: Path, config: CorpusConfig) -> None:

@@ -8,7 +8,6 @@ becomes a line of the reject ledger.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -23,6 +22,7 @@ from typing import Any, Literal
 
 import ray.data
 
+from omnimri.platform.cluster import quiet_ray_data
 from omnimri.platform.data import deid
 from omnimri.platform.data.annotations import Annotation, Sidecars, parse_sidecars
 from omnimri.platform.data.readers import ANNOTATIONS_NAME, Probe, WorkItem, group, probe_files
@@ -351,24 +351,10 @@ def _run(function: Callable[[Any], Any], tasks: Sequence[Any], config: IngestCon
     if not tasks:
         return
     rows = [{"task": pickle.dumps(task)} for task in tasks]
-    with _quiet_ray_data():
+    with quiet_ray_data():
         dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
         for row in dataset.map(_Pickled(function), num_cpus=config.cpus_per_task).iter_rows():
             yield pickle.loads(row["result"])
-
-
-@contextlib.contextmanager
-def _quiet_ray_data() -> Iterator[None]:
-    """Leave the story of the run to our own log: Ray Data tells its plan and resources every few seconds."""
-    context, ray_logger = ray.data.DataContext.get_current(), logging.getLogger("ray.data")
-    former = context.enable_progress_bars, context.print_on_execution_start, ray_logger.level
-    ray_logger.setLevel(logging.ERROR)
-    context.enable_progress_bars = context.print_on_execution_start = False
-    try:
-        yield
-    finally:
-        context.enable_progress_bars, context.print_on_execution_start = former[:2]
-        ray_logger.setLevel(former[2])
 
 
 @dataclass(frozen=True)

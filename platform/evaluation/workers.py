@@ -17,6 +17,7 @@ import numpy as np
 import ray
 import torch
 
+from omnimri.platform.cluster import quiet_ray_data
 from omnimri.platform.data.shards import RowRef, load_row
 from omnimri.platform.evaluation.baselines import SenseSetting
 from omnimri.platform.evaluation.cases import CaseContext, CaseResult, Record, columns_of
@@ -60,18 +61,19 @@ def score_units(
         config: Of the evaluation.
         arguments: Of `CaseWorker` besides `config`.
     """
-    indices = ray.data.from_items([{"index": index} for index in range(len(units))], override_num_blocks=len(units))
-    results = indices.map_batches(
-        CaseWorker,
-        fn_constructor_kwargs={"units": list(units), "config": config, **arguments},
-        batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=min(config.num_workers, len(units))),
-        num_cpus=config.threads_per_worker,
-    )
-    for row in results.iter_rows():
-        records = [Record.from_json(record) for record in json.loads(row["records"])]
-        picture = dict(np.load(io.BytesIO(row["picture"]), allow_pickle=False))
-        yield units[int(row["index"])], CaseResult(records, picture, row["skipped"] or None), row["version"]
+    with quiet_ray_data():
+        indices = ray.data.from_items([{"index": index} for index in range(len(units))], override_num_blocks=len(units))
+        results = indices.map_batches(
+            CaseWorker,
+            fn_constructor_kwargs={"units": list(units), "config": config, **arguments},
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(size=min(config.num_workers, len(units))),
+            num_cpus=config.threads_per_worker,
+        )
+        for row in results.iter_rows():
+            records = [Record.from_json(record) for record in json.loads(row["records"])]
+            picture = dict(np.load(io.BytesIO(row["picture"]), allow_pickle=False))
+            yield units[int(row["index"])], CaseResult(records, picture, row["skipped"] or None), row["version"]
 
 
 class CaseWorker:

@@ -1,6 +1,7 @@
 """A checkpoint folder, loaded back, answers every task; and what crosses between replicas is enough."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +77,18 @@ def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     (tmp_path / INDEX_FILE).write_text(json.dumps({"format": 99}))
     with pytest.raises(ValueError, match="newer"):
         OmniMRI.load(tmp_path)
+
+
+def test_tensors_of_another_version_are_refused_in_one_sentence(checkpoint: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    copy = Path(shutil.copytree(checkpoint, tmp_path / "model"))
+    path = copy / "image_decoder" / "model.safetensors"
+    tensors = load_file(path)
+    name = sorted(tensors)[0]
+    save_file({f"old.{key}" if key == name else key: value for key, value in tensors.items()}, path)
+    with pytest.raises(ValueError, match=rf"image_decoder: .*1 missing \['{name}'\], 1 unknown \['old.{name}'\]"):
+        OmniMRI.load(copy)
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if name != "tiny"])

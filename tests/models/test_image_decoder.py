@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from omnimri.models import image_decoder
-from omnimri.models.config import ImageDecoderConfig, preset
+from omnimri.models.config import preset
 from omnimri.models.image_decoder import ImageDecoder, Measurement, bridge_state
 from omnimri.models.physics import SenseOperator, relative_residual
 
@@ -98,8 +98,3 @@ def test_number_of_steps_is_bounded(rng: torch.Generator) -> None:
     decoder, condition, pyramid = decoder_and_inputs(rng)
     with pytest.raises(ValueError, match="expected 1 to 50"):
         decoder.segment(torch.zeros(2, 48, 40), condition[:, None], pyramid, num_steps=0)
-
-
-def test_too_few_mask_channels_are_refused() -> None:
-    with pytest.raises(ValueError, match="mask_channels must be at least 2, found 1"):
-        ImageDecoderConfig(channels=(8, 16), num_heads=2, mask_channels=1)

@@ -109,7 +109,7 @@ def test_multimodal_stage_predicts_both_modalities(model: OmniMRI, builder: Sequ
 
 def test_reconstruction_reaches_the_backbone_through_its_queries(model: OmniMRI, builder: SequenceBuilder) -> None:
     objective = build_objective("instruct", model, {"balance": 0.0, "router_z": 0.0})
-    torch.nn.init.normal_(model.image_decoder.trunk.last.weight, std=0.01)
+    torch.nn.init.normal_(model.image_decoder.reconstruct_trunk.last.weight, std=0.01)
     losses = objective(collate(image_samples(2), builder))
     losses["loss_reconstruct"].backward()
     assert {"backbone", "connector", "image_decoder", "align"} <= gradients(model)
