@@ -7,10 +7,11 @@ their order does not matter. DIR then holds
 
   shards/*.parquet   one row per volume (omnimri.platform.data.schema)
   manifest.json      the rows, their splits, and the digest that names this version of the data
-  rejects.jsonl      what was not read: source, reason, and what to do
+  rejects.jsonl      what was not read and why, with pseudonyms of the files
   summary.json       the printed table
 
-and appears only when it is complete. The same command again returns at once; for a DIR that holds something else give
+and appears only when it is complete. DIR.rejects.jsonl beside it names the rejected files, the reason and what to do.
+The same command again goes on where it was interrupted, or returns at once; for a DIR that holds something else give
 --overwrite.
 
 Patients, studies and series get keyed pseudonyms. The key is taken from OMNIMRI_DEID_KEY, else from the file DIR.key,

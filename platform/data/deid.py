@@ -1,4 +1,4 @@
-"""Pseudonyms and splits. Raw identifiers stay in the process that read them; rows carry keyed hashes.
+"""Pseudonyms, splits and free text. Raw identifiers stay in the process that read them; rows carry keyed hashes.
 
 A pseudonym is an HMAC-SHA256 under a secret key, so that nobody without the key can test a guess. The split must not
 change with the key: it is drawn from a hash under a public salt, and that hash is not stored.
@@ -9,15 +9,27 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
+import re
 import secrets
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
+
+from pydicom.dataset import Dataset
 
 from omnimri.platform.data.facts import Facts
 from omnimri.platform.data.schema import FACTS
 
 KEY_VARIABLE = "OMNIMRI_DEID_KEY"
 """Environment variable that holds the key; it wins over the key file."""
+
+METHOD = {
+    "profile": "DICOM PS3.15 Annex E, Basic Application Level Confidentiality Profile",
+    "codes": ["113100", "113103", "113105"],  # CID 7050: basic profile; clean graphics; clean descriptors
+    "by": "Only listed facts leave a header; identifiers become keyed pseudonyms; dates and private elements are "
+    "dropped; burnt-in text is refused; words of the header are removed from texts.",
+}
+"""What a manifest says of how its rows were de-identified."""
 
 SPLITS = ("train", "val", "test")
 _SPLIT_SALT = b"omnimri split 1"
@@ -95,6 +107,63 @@ def _ranked_splits(num_patients: int, fractions: tuple[float, float, float]) -> 
     if fractions[0] <= 0:
         val = num_patients - test
     return ["train"] * (num_patients - val - test) + ["val"] * val + ["test"] * test
+
+
+PERSON_NAMES = (
+    "PatientName", "OtherPatientNames", "PatientBirthName", "PatientMotherBirthName", "ReferringPhysicianName",
+    "PerformingPhysicianName", "NameOfPhysiciansReadingStudy", "OperatorsName", "RequestingPhysician",
+)  # fmt: skip
+DATES = ("PatientBirthDate", "StudyDate", "SeriesDate", "AcquisitionDate", "ContentDate", "AcquisitionDateTime")
+OTHER_IDENTIFIERS = (
+    "PatientID", "OtherPatientIDs", "AccessionNumber", "StudyID", "InstitutionName", "InstitutionAddress",
+    "StationName", "PatientAddress", "PatientTelephoneNumbers", "DeviceSerialNumber", "StudyInstanceUID",
+    "SeriesInstanceUID", "SOPInstanceUID", "FrameOfReferenceUID", "InstitutionalDepartmentName",
+)  # fmt: skip
+REMOVED = "[removed]"
+_SHORTEST_IDENTIFIER = 3
+
+
+def header_identifiers(header: Mapping[str, Any] | Dataset) -> tuple[str, ...]:
+    """What in a header names a person, a place or a day, as free text about the series might repeat it.
+
+    Args:
+        header: Answers `get(keyword)` with DICOM keywords: a DICOM header or a JSON sidecar.
+
+    Returns:
+        Words of person names, dates as they are commonly written, and other identifiers whole.
+    """
+    found: set[str] = set()
+    for keyword in PERSON_NAMES:
+        found.update(re.split(r"[\s^=,;]+", str(header.get(keyword) or "")))
+    for keyword in DATES:
+        found.update(_written_dates(str(header.get(keyword) or "")))
+    found.update(str(header.get(keyword) or "").strip() for keyword in OTHER_IDENTIFIERS)
+    return tuple(
+        sorted((text for text in found if len(text) >= _SHORTEST_IDENTIFIER), key=lambda text: (-len(text), text))
+    )
+
+
+def _written_dates(value: str) -> list[str]:
+    """A DICOM or ISO date as reports write it: 19700131, 1970-01-31, 31.01.1970, 31/01/1970, 01/31/1970..."""
+    match = re.match(r"(\d{4})-?(\d{2})-?(\d{2})", value)
+    if not match:
+        return []
+    year, month, day = match.groups()
+    numbers = [[year, month, day], [day, month, year], [month, day, year]]
+    numbers += [[part.lstrip("0") for part in parts] for parts in numbers]
+    return [separator.join(parts) for parts in numbers for separator in ("", "-", ".", "/")]
+
+
+def scrub(value: Any, identifiers: Iterable[str]) -> Any:
+    """Replace identifiers by `[removed]` in a text, or in every text of nested lists and dictionaries."""
+    if isinstance(value, Mapping):
+        return {key: scrub(item, identifiers) for key, item in value.items()}
+    if isinstance(value, list):
+        return [scrub(item, identifiers) for item in value]
+    words = "|".join(re.escape(text) for text in identifiers)
+    if not isinstance(value, str) or not words:
+        return value
+    return re.sub(rf"(?<![A-Za-z0-9])(?:{words})(?![A-Za-z0-9])", REMOVED, value, flags=re.IGNORECASE)
 
 
 def whitelisted(facts: Mapping[str, object]) -> Facts:

@@ -18,6 +18,7 @@ import pydicom
 from pydicom.dataset import Dataset
 
 from omnimri.models.scan import Scan
+from omnimri.platform.data.deid import header_identifiers
 from omnimri.platform.data.facts import dicom_facts
 from omnimri.platform.data.records import (
     UNREADABLE,
@@ -290,7 +291,7 @@ def _record(volume: list[Dataset], source: str, index: int, num_volumes: int) ->
     return SeriesRecord(
         scan=Scan(image=image, affine=affine, facts=dicom_facts(header, affine)),
         source=source, source_format="dicom", patient_key=patient, study_key=study, series_key=series,
-        volume=index, num_volumes=num_volumes,
+        volume=index, num_volumes=num_volumes, identifiers=header_identifiers(volume[0]),
     )  # fmt: skip
 
 

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from pydicom.dataset import Dataset
 
+from omnimri.platform.data.sequences import Header, classify
+
 Facts = dict[str, str | float | int | None]
 
 VENDORS = (
@@ -32,20 +34,6 @@ BODY_PARTS = (
     ("chest", r"chest|thorax|lung"), ("extremity", r"extremity|\barm|\bleg|elbow|femur|tibia"), ("phantom", r"phantom"),
 )  # fmt: skip
 """Body part and the pattern that names it; the first match decides."""
-
-_CONTRAST_WORDS = (
-    ("FLAIR", r"flair|dark.?fluid"),
-    ("DWI", r"dwi|dti|diffusion|ep2d.?diff|\btrace"),
-    ("SWI", r"swi|swan|suscept|venbold"),
-    ("PWI", r"perf|\bdsc\b|\bdce\b|\basl\b"),
-    ("MRA", r"\btof\b|angio|\bmra\b|3di_(mc|sc)"),
-    ("BOLD", r"bold|fmri|resting"),
-    ("T2*w", r"t2.?star|t2\*|\bhemo\b|\bmedic\b"),
-    ("T1w", r"t1(?!rho|.?map)|mp.?rage|spgr|bravo|vibe|\btfl\b"),
-    ("T2w", r"t2(?!.?map)|ciss|fiesta"),
-    ("PD", r"(?<![a-z])pdw?(?![a-z])|proton|\bpdfs\b|corpd"),
-)
-"""Contrast and the words of a description that name it; the order matters (T2 FLAIR is FLAIR)."""
 
 _AGE_UNITS = {"Y": 1.0, "M": 1 / 12, "W": 1 / 52.18, "D": 1 / 365.25}
 MAX_AGE_YEARS = 90.0
@@ -123,45 +111,15 @@ def plane(affine: np.ndarray) -> str:
     return ("sagittal", "coronal", "axial")[int(np.argmax(np.abs(normal)))]
 
 
-def contrast(
-    *texts: object,
-    tr_ms: float | None = None,
-    te_ms: float | None = None,
-    ti_ms: float | None = None,
-    scanning_sequence: str = "",
-) -> str | None:
-    """Contrast from descriptions first, then from timing (a spin echo with short TR and TE is T1-weighted).
-
-    Args:
-        *texts: Descriptions, the most telling one first.
-        tr_ms: Repetition time.
-        te_ms: Echo time.
-        ti_ms: Inversion time.
-        scanning_sequence: DICOM Scanning Sequence values joined by spaces (SE, GR, IR, EP).
-
-    Returns:
-        `T1w`, `T2w`, `FLAIR`, `PD`, `DWI`...; None where neither words nor numbers decide.
-    """
-    for text in texts:
-        words = str(text or "").lower().replace("_", " ")
-        for name, pattern in _CONTRAST_WORDS:
-            if re.search(pattern, words):
-                return name
-    return _contrast_from_timing(tr_ms, te_ms, ti_ms, scanning_sequence.upper().split())
-
-
-def _contrast_from_timing(tr: float | None, te: float | None, ti: float | None, sequence: list[str]) -> str | None:
-    if tr is None or te is None or "EP" in sequence:
-        return None
-    if ti is not None and ti > 1500 and te > 60:
-        return "FLAIR"
-    if "GR" in sequence and "SE" not in sequence:
-        return "T1w" if te < 8 else None
-    if te > 60 and tr > 1500:
-        return "T2w"
-    if te < 40:
-        return "T1w" if tr < 1100 else "PD" if tr > 1500 else None
-    return None
+def sequence_facts(header: Header) -> Facts:
+    """The columns that `sequences.classify` answers."""
+    found = classify(header)
+    return {
+        "contrast": found.contrast,
+        "quantitative": found.quantitative,
+        "contrast_agent": found.contrast_agent,
+        "acquisition_type": found.acquisition_type,
+    }
 
 
 def dicom_facts(dataset: Mapping[str, Any] | Dataset, affine: np.ndarray) -> Facts:
@@ -169,14 +127,20 @@ def dicom_facts(dataset: Mapping[str, Any] | Dataset, affine: np.ndarray) -> Fac
     get = dataset.get
     tr, te, ti = (number(get(name)) for name in ("RepetitionTime", "EchoTime", "InversionTime"))
     sequence = get("ScanningSequence") or ""
-    descriptions = [get(name) for name in ("SeriesDescription", "ProtocolName", "SequenceName")]
+    descriptions = [get(name) for name in ("SeriesDescription", "ProtocolName")]
+    header = Header(
+        texts=descriptions,
+        sequence_name=get("SequenceName") or get("PulseSequenceName"),
+        scanning_sequence=[sequence] if isinstance(sequence, str) else list(sequence),
+        tr_ms=tr, te_ms=te, ti_ms=ti,
+        b_value=number(get("DiffusionBValue")),
+        contrast_agent=get("ContrastBolusAgent"),
+        acquisition_type=get("MRAcquisitionType"),
+    )  # fmt: skip
     return {
-        "contrast": contrast(
-            *descriptions, tr_ms=tr, te_ms=te, ti_ms=ti,
-            scanning_sequence=sequence if isinstance(sequence, str) else " ".join(sequence),
-        ),
+        **sequence_facts(header),
         "plane": plane(affine),
-        "body_part": body_part(get("BodyPartExamined"), *descriptions[:2], get("StudyDescription")),
+        "body_part": body_part(get("BodyPartExamined"), *descriptions, get("StudyDescription")),
         "vendor": vendor(get("Manufacturer")),
         "model_name": model_name(get("ManufacturerModelName")),
         "field_strength_t": field_strength_t(get("MagneticFieldStrength")),
@@ -195,9 +159,16 @@ def sidecar_facts(sidecar: Mapping[str, Any], affine: np.ndarray, name: str) -> 
     tr, te, ti = (number(get(key), scale=1000) for key in ("RepetitionTime", "EchoTime", "InversionTime"))
     suffix = name.split(".")[0].rsplit("_", 1)[-1]
     texts = [suffix if suffix != name else "", get("SeriesDescription"), get("ProtocolName")]
-    sequence = str(get("ScanningSequence") or "").replace("\\", " ").replace("_", " ")
+    header = Header(
+        texts=[*texts, name.split(".")[0]],
+        sequence_name=get("SequenceName"),
+        scanning_sequence=str(get("ScanningSequence") or "").replace("\\", " ").replace("_", " ").split(),
+        tr_ms=tr, te_ms=te, ti_ms=ti,
+        contrast_agent=get("ContrastBolusIngredient"),
+        acquisition_type=get("MRAcquisitionType"),
+    )  # fmt: skip
     return {
-        "contrast": contrast(*texts, name.split(".")[0], tr_ms=tr, te_ms=te, ti_ms=ti, scanning_sequence=sequence),
+        **sequence_facts(header),
         "plane": plane(affine),
         "body_part": body_part(get("BodyPartExamined"), get("BodyPart"), *texts[1:]),
         "vendor": vendor(get("Manufacturer")),
@@ -224,7 +195,7 @@ def ismrmrd_facts(header: Any, affine: np.ndarray, *, echo: int = 0) -> Facts:
     te = number(echo_times[echo] if echo < len(echo_times) else None)
     texts = [getattr(measurement, name, None) for name in ("seriesDescription", "protocolName", "sequenceName")]
     return {
-        "contrast": contrast(*texts, tr_ms=tr, te_ms=te, ti_ms=ti),
+        **sequence_facts(Header(texts=texts, tr_ms=tr, te_ms=te, ti_ms=ti)),
         "plane": plane(affine),
         "body_part": body_part(getattr(study, "bodyPartExamined", None), *texts[:2]),
         "vendor": vendor(getattr(system, "systemVendor", None)),

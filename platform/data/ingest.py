@@ -12,9 +12,11 @@ import dataclasses
 import hashlib
 import json
 import logging
+import os
 import pickle
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -25,10 +27,12 @@ import ray.data
 from omnimri.platform.cluster import quiet_ray_data
 from omnimri.platform.data import deid
 from omnimri.platform.data.annotations import Annotation, Sidecars, parse_sidecars
+from omnimri.platform.data.draft import Draft, open_draft
+from omnimri.platform.data.quality import QualityLimits, near_copies
 from omnimri.platform.data.readers import ANNOTATIONS_NAME, Probe, WorkItem, group, probe_files
 from omnimri.platform.data.records import ReadError, ReadLimits
 from omnimri.platform.data.schema import SCHEMA_VERSION
-from omnimri.platform.data.shards import MANIFEST_NAME, SHARDS_FOLDER, content_digest
+from omnimri.platform.data.shards import MANIFEST_NAME, content_digest
 from omnimri.platform.data.sources import Archive, Folder, Source, open_sources
 from omnimri.platform.data.summary import summarise
 from omnimri.platform.data.writer import INTAKE_VERSION, PlannedItem, ShardReport, write_shard
@@ -37,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 REJECTS_NAME = "rejects.jsonl"
 SUMMARY_NAME = "summary.json"
+_DRIVER_ONLY = ("source", "voxels", "fingerprint")
 UNNAMED_DATASET = "unnamed"
 
 
@@ -67,6 +72,8 @@ class IngestConfig:
     overwrite: bool = False
     """Replace a corpus that is in the way."""
     limits: ReadLimits = field(default_factory=ReadLimits)
+    quality: QualityLimits = field(default_factory=QualityLimits)
+    """Beyond what a volume is flagged; it is kept."""
 
     def __post_init__(self) -> None:
         if abs(sum(self.split_fractions) - 1) > 1e-6 or min(self.split_fractions) < 0:
@@ -91,16 +98,19 @@ class IngestSummary:
 
     @property
     def rejects_path(self) -> Path:
-        """The reject ledger."""
-        return self.out / REJECTS_NAME
+        """The reject ledger with the names of the files; it lies beside the corpus, since names may name patients."""
+        return self.out.with_name(f"{self.out.name}.{REJECTS_NAME}")
 
 
 def ingest(sources: Sequence[Path], out: Path, config: IngestConfig) -> IngestSummary:
     """Read sources into a corpus folder that appears as a whole or not at all.
 
+    What an ingest that was killed had finished is kept beside `out`; the same request again goes on from there.
+
     The pseudonym key is taken from the environment variable OMNIMRI_DEID_KEY, else from the file `<out>.key`, which is
-    made beside (not inside) the corpus when it is not there. On a cluster, sources and `out` lie on a file system that
-    every node sees.
+    made beside (not inside) the corpus when it is not there. The reject ledger `<out>.rejects.jsonl` lies there too,
+    for it holds names of files; the corpus has a copy with pseudonyms instead. On a cluster, sources and `out` lie on
+    a file system that every node sees.
 
     Args:
         sources: Folders, zips or files.
@@ -109,8 +119,7 @@ def ingest(sources: Sequence[Path], out: Path, config: IngestConfig) -> IngestSu
 
     Raises:
         FileNotFoundError: If a source does not exist.
-        ValueError: If `out` is in the way, a source is named twice, or no volume could be read; in the last case the
-            ledger is left in `<out>.rejects.jsonl`.
+        ValueError: If `out` is in the way, a source is named twice, or no volume could be read.
     """
     out = out.absolute()
     opened, errors = open_sources(sources, config.limits)
@@ -119,21 +128,23 @@ def ingest(sources: Sequence[Path], out: Path, config: IngestConfig) -> IngestSu
         return done
     key = deid.load_key(out.with_name(f"{out.name}.key"))
     planned, plan_errors = _plan(opened, key, config)
-    partial = out.with_name(f"{out.name}.partial-{secrets.token_hex(4)}")
-    try:
-        (partial / SHARDS_FOLDER).mkdir(parents=True)
-        rows, rejects = _read_and_write(planned, partial / SHARDS_FOLDER, config)
+    with open_draft(out, deid.pseudonym(key, "draft", request)) as draft:
+        rows, rejects = _read_and_write(planned, draft, config)
         rows, duplicates = _without_duplicates(rows)
+        _flag_near_copies(rows, config.quality.max_copy_distance)
         ledger = [*(error.as_row() for error in [*errors, *plan_errors]), *rejects, *duplicates]
         ledger.sort(key=lambda line: tuple(line.values()))
+        ledger_path = out.with_name(f"{out.name}.{REJECTS_NAME}")
+        _write_lines(ledger_path, ledger, mode=0o600)
         if not rows:
-            ledger_path = out.with_name(f"{out.name}.{REJECTS_NAME}")
-            _write_lines(ledger_path, ledger)
+            shutil.rmtree(draft.folder)
             raise ValueError(f"No volume could be read: 0 ingested, {len(ledger)} rejected; reasons in {ledger_path}")
-        tables = _write_documents(partial, rows, ledger, request)
-        _publish(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        nameless = [
+            {"source": deid.pseudonym(key, "file", line["source"]), "reason": line["reason"]} for line in ledger
+        ]
+        tables = _write_documents(draft.folder, rows, nameless, request)
+        draft.clear()
+        _publish(draft.folder, out)
     return _summary(out, tables, reused=False)
 
 
@@ -305,27 +316,42 @@ class _ProbeTask:
 
 
 def _read_and_write(
-    planned: Sequence[PlannedItem], folder: Path, config: IngestConfig
+    planned: Sequence[PlannedItem], draft: Draft, config: IngestConfig
 ) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
-    """Manifest entries and ledger lines, in the order of the plan."""
-    tasks = [(folder / f"shard-{n:05d}.parquet", chunk) for n, chunk in enumerate(_chunks(planned, config))]
-    reports: dict[str, ShardReport] = {}
-    for name, report in _run(_ShardTask(config.limits, config.compression_level), tasks, config):
-        reports[name] = report
-        logger.info("%d of %d shards written", len(reports), len(tasks))
-    ordered = [reports[name] for name in sorted(reports)]
+    """Manifest entries and ledger lines, in the order of the plan; shards that the draft holds are not read again."""
+    shards = {draft.shard(number): chunk for number, chunk in enumerate(_chunks(planned, config))}
+    reports = {path: report for path in shards if (report := draft.report(path)) is not None}
+    if reports:
+        logger.info("%d of %d shards stand from an ingest that was interrupted", len(reports), len(shards))
+    missing = [(path, chunk) for path, chunk in shards.items() if path not in reports]
+    started, num_series = time.monotonic(), 0
+    for done, (path, report) in enumerate(_run(_ShardTask(draft, config), missing, config), start=1):
+        reports[path] = report
+        num_series += len(shards[path])
+        rate = num_series / (time.monotonic() - started)
+        left = sum(len(chunk) for path, chunk in missing if path not in reports) / rate
+        logger.info("%d of %d shards written, %.1f series/s, %.0f s left", done, len(missing), rate, left)
+    ordered = [reports[path] for path in shards]
     rows = [row for report in ordered for row in report.rows]
     return rows, [line for report in ordered for line in report.rejects]
 
 
 @dataclass(frozen=True)
 class _ShardTask:
-    limits: ReadLimits
-    compression_level: int
+    draft: Draft
+    config: IngestConfig
 
-    def __call__(self, task: tuple[Path, list[PlannedItem]]) -> tuple[str, ShardReport]:
+    def __call__(self, task: tuple[Path, list[PlannedItem]]) -> tuple[Path, ShardReport]:
         path, planned = task
-        return path.name, write_shard(planned, path, self.limits, compression_level=self.compression_level)
+        report = write_shard(
+            planned,
+            path,
+            self.config.limits,
+            compression_level=self.config.compression_level,
+            quality=self.config.quality,
+        )
+        self.draft.finish(path, report)
+        return path, report
 
 
 def _chunks(planned: Sequence[PlannedItem], config: IngestConfig) -> Iterator[list[PlannedItem]]:
@@ -374,17 +400,24 @@ def _without_duplicates(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]
     kept, rejects = [], []
     for row in rows:
         if row["voxels"] in first:
-            reason = f"The same voxels as {first[row['voxels']]}."
-            rejects.append(ReadError(row["source"], reason, "Nothing to do: one copy is kept.").as_row())
+            hint = f"Nothing to do: {first[row['voxels']]} is kept."
+            rejects.append(ReadError(row["source"], "The same voxels as another volume.", hint).as_row())
             continue
         first[row["voxels"]] = row["source"]
         kept.append(row)
     return kept, rejects
 
 
+def _flag_near_copies(rows: list[dict[str, Any]], max_distance: int) -> None:
+    """Flag volumes that all but equal one of another patient: one person under two names, or a copy that was edited."""
+    for first, second in near_copies([row["fingerprint"] for row in rows], max_distance):
+        if rows[first]["patient_id"] != rows[second]["patient_id"]:
+            rows[second]["flags"] = [*rows[second]["flags"], f"near copy of {rows[first]['row_id']}"]
+
+
 def _write_documents(folder: Path, rows: list[dict[str, Any]], ledger: list[dict[str, str]], request: str) -> dict:
     """Ledger, summary and, last, the manifest; returns the summary."""
-    entries = [{k: v for k, v in row.items() if k not in ("source", "voxels")} for row in rows]
+    entries = [{k: v for k, v in row.items() if k not in _DRIVER_ONLY} for row in rows]
     digest = content_digest((entry["digest"], entry["split"]) for entry in entries)
     datasets = sorted({entry["dataset"] for entry in entries})
     tables = {"digest": digest, **summarise(entries, ledger)}
@@ -396,6 +429,7 @@ def _write_documents(folder: Path, rows: list[dict[str, Any]], ledger: list[dict
         "digest": digest,
         "dataset": "+".join(datasets),
         "request": request,
+        "deidentification": deid.METHOD,
         "rows": entries,
     }
     _write_json(folder / MANIFEST_NAME, manifest)
@@ -426,6 +460,8 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _write_lines(path: Path, lines: Sequence[dict[str, str]]) -> None:
+def _write_lines(path: Path, lines: Sequence[dict[str, str]], *, mode: int = 0o666) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    path.unlink(missing_ok=True)
+    with open(path, "w", encoding="utf-8", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)

@@ -18,7 +18,7 @@ import h5py
 import numpy as np
 
 from omnimri.models.scan import Scan
-from omnimri.platform.data.facts import Facts, body_part, contrast, ismrmrd_facts, plane
+from omnimri.platform.data.facts import Facts, body_part, ismrmrd_facts, plane
 from omnimri.platform.data.records import (
     UNREADABLE,
     ReadError,
@@ -27,6 +27,7 @@ from omnimri.platform.data.records import (
     check_array_bytes,
     quiet_libraries,
 )  # fmt: skip
+from omnimri.platform.data.sequences import Header, classify
 
 with warnings.catch_warnings():
     # ismrmrd.hdf5 sets the process's warning filter to "default" when it is imported.
@@ -242,7 +243,7 @@ def _fastmri_affine(
 def _fastmri_facts(file: h5py.File, header: Any, affine: np.ndarray, is_oriented: bool) -> Facts:
     acquisition = _text(file.attrs.get("acquisition"))
     facts: Facts = ismrmrd_facts(header, affine) if header is not None else {"plane": plane(affine)}
-    facts["contrast"] = contrast(acquisition) or facts.get("contrast")
+    facts["contrast"] = classify(Header(texts=(acquisition,))).contrast or facts.get("contrast")
     prefix = next((key for key in _FASTMRI_ORIENTATION if acquisition.startswith(key)), None)
     known_plane, known_part = _FASTMRI_ORIENTATION.get(prefix or "", (None, None))
     if not is_oriented:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
@@ -14,6 +15,7 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
 from omnimri.models.scan import Scan
+from omnimri.platform.data.deid import header_identifiers
 from omnimri.platform.data.facts import Facts, sidecar_facts
 from omnimri.platform.data.records import (
     UNREADABLE,
@@ -104,9 +106,10 @@ def read_nifti(
         return [], [error]
     except NIFTI_ERRORS as error:
         return [], [ReadError(source, f"Not a readable NIfTI file ({type(error).__name__}).", "Convert it again.")]
-    facts = sidecar_facts(load_sidecar(sidecar_path), affine, PurePosixPath(source).name)
-    num_volumes = array.shape[3]
-    return [_record(array[..., v], affine, facts, source, v, num_volumes) for v in range(num_volumes)], []
+    sidecar = load_sidecar(sidecar_path)
+    facts = sidecar_facts(sidecar, affine, PurePosixPath(source).name)
+    records = [_record(array[..., v], affine, facts, source, v, array.shape[3]) for v in range(array.shape[3])]
+    return [replace(record, identifiers=header_identifiers(sidecar)) for record in records], []
 
 
 def _load(path: Path, source: str, limits: ReadLimits) -> tuple[np.ndarray, np.ndarray]:

@@ -175,8 +175,9 @@ def group(
             members = series[(probe.kind, probe.series)]
             first = members.setdefault(probe.instance or probe.name, probe)
             if first is not probe:
-                reason = f"A copy of an instance in {source.prefix}{PurePosixPath(first.name).parent}/."
-                refused[(folder, reason, "Nothing to do: one copy is enough.")].append(probe.name)
+                first_folder = f"{source.prefix}{PurePosixPath(first.name).parent}/"
+                hint = f"Nothing to do: the one in {first_folder} is enough."
+                refused[(folder, "A copy of an instance that is there already.", hint)].append(probe.name)
         elif refusal := _refusal(probe, label_maps, source.named_alone):
             refused[(folder, *refusal)].append(probe.name)
     items = [_work_item(kind, list(members.values()), source) for (kind, _), members in series.items()]

@@ -53,7 +53,7 @@ class ReadError(ValueError):
 class SeriesRecord:
     """One volume as read, before it is de-identified.
 
-    The three keys are the raw identifiers of the file. They never leave the process that read them.
+    The three keys and `identifiers` are raw. They never leave the process that read them.
     """
 
     scan: Scan
@@ -67,6 +67,8 @@ class SeriesRecord:
     volume: int = 0
     """Which of the series' volumes (echo, b-value, time point, repetition)."""
     num_volumes: int = 1
+    identifiers: tuple[str, ...] = ()
+    """What its header says of person, place and day (`deid.header_identifiers`), to be removed from texts about it."""
 
 
 def check_array_bytes(num_bytes: int, source: str, limits: ReadLimits) -> None:

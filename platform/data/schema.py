@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 ARRAY = pa.struct([("data", pa.large_binary()), ("shape", pa.list_(pa.int64())), ("dtype", pa.string())])
 
@@ -23,6 +23,9 @@ BOX = pa.struct(
         ("box_voxel", pa.list_(pa.int64())),
     ]
 )
+
+QUALITY_MEASURES = ("snr", "efc", "fber", "ghosting", "cjv")
+"""See omnimri.platform.data.quality."""
 
 SCHEMA = pa.schema(
     [
@@ -54,6 +57,9 @@ SCHEMA = pa.schema(
         ("description_origin", pa.string()),  # JSON, field -> header | label | report | generated
         # Acquisition facts; null means unknown.
         ("contrast", pa.string()),
+        ("quantitative", pa.bool_()),  # a map of a physical quantity
+        ("contrast_agent", pa.bool_()),
+        ("acquisition_type", pa.string()),  # 2D | 3D
         ("plane", pa.string()),
         ("body_part", pa.string()),
         ("vendor", pa.string()),
@@ -65,14 +71,18 @@ SCHEMA = pa.schema(
         ("flip_angle_deg", pa.float64()),
         ("sex", pa.string()),  # F | M | O
         ("age_years", pa.float64()),
+        # Quality; a null measure could not be computed.
+        ("quality", pa.struct([(name, pa.float64()) for name in QUALITY_MEASURES])),
+        ("flags", pa.list_(pa.string())),
+        ("fingerprint", pa.string()),
         ("preprocessing_version", pa.string()),
     ],
     metadata={"omnimri_schema_version": str(SCHEMA_VERSION)},
 )
 
 FACTS = (
-    "contrast", "plane", "body_part", "vendor", "model_name", "field_strength_t",
-    "tr_ms", "te_ms", "ti_ms", "flip_angle_deg", "sex", "age_years",
+    "contrast", "quantitative", "contrast_agent", "acquisition_type", "plane", "body_part", "vendor", "model_name",
+    "field_strength_t", "tr_ms", "te_ms", "ti_ms", "flip_angle_deg", "sex", "age_years",
 )  # fmt: skip
 """Columns that a reader may fill from a header, and `Scan.facts` carries."""
 

@@ -46,6 +46,9 @@ class RowRef:
     spacing_mm: tuple[float, float, float]
     """`(z, y, x)`."""
     contrast: str | None
+    quantitative: bool | None
+    contrast_agent: bool | None
+    acquisition_type: str | None
     plane: str | None
     body_part: str | None
     vendor: str | None
@@ -61,6 +64,8 @@ class RowRef:
     has_classes: bool
     has_report: bool
     has_description: bool
+    flags: tuple[str, ...]
+    """What quality checks found; see `omnimri.platform.data.quality`."""
 
 
 class Shards:
@@ -179,6 +184,7 @@ def _load_manifest(folder: Path) -> dict[str, Any]:
 def _row_ref(entry: dict[str, Any], shards: Path) -> RowRef:
     values: dict[str, Any] = {name: entry.get(name) for name in RowRef.__dataclass_fields__ if name != "path"}
     values["shape"], values["spacing_mm"] = tuple(entry["shape"]), tuple(entry["spacing_mm"])
+    values["flags"] = tuple(entry["flags"])
     return RowRef(path=str(shards / entry["file"]), **values)
 
 

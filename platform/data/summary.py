@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,6 +11,8 @@ _BREAKDOWNS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "vendor": lambda row: row["vendor"],
     "field strength": lambda row: None if row["field_strength_t"] is None else f"{row['field_strength_t']:g} T",
     "contrast": lambda row: row["contrast"],
+    "contrast agent": lambda row: {True: "with", False: "without"}.get(row["contrast_agent"]),
+    "acquisition": lambda row: row["acquisition_type"],
     "plane": lambda row: row["plane"],
     "body part": lambda row: row["body_part"],
     "sex": lambda row: row["sex"],
@@ -36,7 +39,7 @@ def summarise(rows: Sequence[dict[str, Any]], rejects: Sequence[dict[str, str]])
 
     Returns:
         `total` and one mapping per breakdown, value to counts; a scan is a series. `annotation` counts a volume
-        under every kind it has. `rejected` counts ledger lines by reason.
+        under every kind it has. `flags` counts volumes by quality flag, `rejected` ledger lines by reason.
     """
     tables: dict[str, Any] = {"total": _count(rows)}
     for name, value_of in _BREAKDOWNS.items():
@@ -47,6 +50,8 @@ def summarise(rows: Sequence[dict[str, Any]], rejects: Sequence[dict[str, str]])
         tables[name] = {value: _count(members) for value, members in ordered}
     kinds = {kind: [row for row in rows if row[flag]] for kind, flag in _ANNOTATIONS.items()}
     tables["annotation"] = {kind: _count(members) for kind, members in kinds.items() if members}
+    flagged = Counter(re.sub(r" of [0-9a-f]{16}$", "", flag) for row in rows for flag in row["flags"])
+    tables["flags"] = dict(flagged.most_common())
     tables["rejected"] = dict(Counter(reject["reason"] for reject in rejects).most_common())
     return tables
 

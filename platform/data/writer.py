@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,17 +14,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from omnimri.models.scan import Scan
 from omnimri.platform.data.annotations import Annotation, check_boxes, load_label_map, merge_facts
-from omnimri.platform.data.deid import whitelisted
+from omnimri.platform.data.deid import scrub, whitelisted
+from omnimri.platform.data.quality import QualityLimits, fingerprint, image_quality, quality_flags
 from omnimri.platform.data.readers import WorkItem, read_item
 from omnimri.platform.data.records import ReadError, ReadLimits, SeriesRecord
 from omnimri.platform.data.schema import SCHEMA, SCHEMA_VERSION, pack_array
 from omnimri.platform.data.sources import open_container
 
-INTAKE_VERSION = "intake-1"
+INTAKE_VERSION = "intake-2"
 """Raised when the same file would give other voxels, geometry or facts."""
 
 _PSEUDONYMS = ("row_id", "patient_id", "study_id", "series_id")
+_DERIVED = ("quality", "flags", "fingerprint")
 _ARRAYS = ("image", "kspace", "mask", "label_map")
 _STATISTICS = [name for name in SCHEMA.names if pa.types.is_primitive(SCHEMA.field(name).type)]
 
@@ -50,7 +55,14 @@ class ShardReport:
     rejects: list[dict[str, str]]
 
 
-def write_shard(planned: list[PlannedItem], path: Path, limits: ReadLimits, *, compression_level: int) -> ShardReport:
+def write_shard(
+    planned: list[PlannedItem],
+    path: Path,
+    limits: ReadLimits,
+    *,
+    compression_level: int,
+    quality: QualityLimits | None = None,
+) -> ShardReport:
     """Read items and write their volumes to one shard, one row to a row group.
 
     The shard appears under its name when it is complete, so a task that is run again after a crash changes nothing.
@@ -60,10 +72,11 @@ def write_shard(planned: list[PlannedItem], path: Path, limits: ReadLimits, *, c
         path: The Parquet file; not made when no item could be read.
         limits: Bounds on sizes.
         compression_level: Of zstd.
+        quality: Beyond what a volume is flagged.
     """
     rows: list[dict[str, Any]] = []
     rejects: list[ReadError] = []
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with pq.ParquetWriter(
         partial,
         SCHEMA,
@@ -77,7 +90,12 @@ def write_shard(planned: list[PlannedItem], path: Path, limits: ReadLimits, *, c
             records, errors = read_item(plan.item, limits)
             rejects += errors
             for record in records:
-                row, errors = make_row(record, plan, limits)
+                if np.ptp(record.scan.image) == 0:
+                    rejects.append(
+                        ReadError(record.source, "A blank volume: every voxel has one value.", "Leave it out.")
+                    )
+                    continue
+                row, errors = make_row(record, plan, limits, quality or QualityLimits())
                 rejects += errors
                 writer.write_table(pa.Table.from_pylist([row], schema=SCHEMA), row_group_size=1)
                 rows.append(manifest_entry(row, record, path.name, len(rows)))
@@ -88,11 +106,14 @@ def write_shard(planned: list[PlannedItem], path: Path, limits: ReadLimits, *, c
     return ShardReport(rows=rows, rejects=[error.as_row() for error in rejects])
 
 
-def make_row(record: SeriesRecord, plan: PlannedItem, limits: ReadLimits) -> tuple[dict[str, Any], list[ReadError]]:
+def make_row(
+    record: SeriesRecord, plan: PlannedItem, limits: ReadLimits, quality: QualityLimits
+) -> tuple[dict[str, Any], list[ReadError]]:
     """The row of one volume, and what of its annotation did not fit."""
     scan = record.scan
     annotation = plan.annotation or Annotation()
     label_map, boxes, errors = _fitted(annotation, record, plan.item, limits)
+    measured = image_quality(scan.image, label_map, annotation.label_names)
     row = {
         "schema_version": SCHEMA_VERSION,
         "dataset": plan.dataset,
@@ -113,13 +134,23 @@ def make_row(record: SeriesRecord, plan: PlannedItem, limits: ReadLimits) -> tup
         "label_names": sorted(annotation.label_names.items()) if label_map is not None else None,
         "boxes": boxes,
         "classes": annotation.classes,
-        "report": annotation.report,
-        "description": _json(annotation.description),
+        "report": scrub(annotation.report, record.identifiers),
+        "description": _json(scrub(annotation.description, record.identifiers)),
         "description_origin": _json(annotation.description_origin),
         **whitelisted(merge_facts(scan.facts, annotation)),
+        "quality": measured,
+        "flags": quality_flags(scan.image.shape, measured, quality) + face_flags(scan, measured, plan),
+        "fingerprint": fingerprint(scan.image, scan.affine),
         "preprocessing_version": INTAKE_VERSION,
     }
     return {"row_id": row_digest(row)[:16], **row}, errors
+
+
+def face_flags(scan: Scan, measured: Mapping[str, float | None], plan: PlannedItem) -> list[str]:
+    """Whether a face could be made from a row: raw data of a head, or a head whose surroundings were not removed."""
+    if plan.simulated or scan.facts.get("body_part") != "brain":
+        return []
+    return ["face may be recognisable"] if scan.kspace is not None or measured["snr"] is not None else []
 
 
 def _fitted(
@@ -151,10 +182,10 @@ def _json(value: dict[str, Any] | None) -> str | None:
 
 
 def row_digest(row: dict[str, Any]) -> str:
-    """SHA-256 of what a row says: every column but the pseudonyms, which change with the key, and the split."""
+    """SHA-256 of what a row says: every column but pseudonyms, split, and what is computed from the others."""
     digest = hashlib.sha256()
     for name in SCHEMA.names:
-        if name in (*_PSEUDONYMS, "split"):
+        if name in (*_PSEUDONYMS, "split", *_DERIVED):
             continue
         value = row[name]
         if name in _ARRAYS and value is not None:
@@ -179,10 +210,11 @@ def _update_array(digest: Any, name: str, packed: dict[str, Any]) -> None:
 
 
 def manifest_entry(row: dict[str, Any], record: SeriesRecord, file: str, row_group: int) -> dict[str, Any]:
-    """What the manifest says of a row; `source` and `voxels` serve the driver and are not kept."""
+    """What the manifest says of a row; `source`, `voxels` and `fingerprint` serve the driver and are not kept."""
     copied = (
         "row_id", "dataset", "licence", "simulated", "split", "patient_id", "study_id", "series_id", "source_format",
-        "shape", "spacing_mm", "contrast", "plane", "body_part", "vendor", "field_strength_t", "sex", "age_years",
+        "shape", "spacing_mm", "contrast", "quantitative", "contrast_agent", "acquisition_type", "plane", "body_part",
+        "vendor", "field_strength_t", "sex", "age_years", "flags", "fingerprint",
     )  # fmt: skip
     return {
         **{name: row[name] for name in copied},

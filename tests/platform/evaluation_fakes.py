@@ -93,7 +93,7 @@ def _entry(row: dict[str, Any], group: int) -> dict[str, Any]:
         "file": "all.parquet", "row_group": group, "digest": row["row_id"], "shape": row["shape"],
         "spacing_mm": row["spacing_mm"], "has_kspace": row["kspace"] is not None,
         "fully_sampled": row["kspace"] is not None, "has_labels": True, "has_boxes": True, "has_classes": True,
-        "has_report": True, "has_description": False,
+        "has_report": True, "has_description": False, "flags": [],
     }  # fmt: skip
 
 

@@ -112,4 +112,5 @@ def _entry(row: dict[str, Any], file: str) -> dict[str, Any]:
         "has_classes": True,
         "has_report": True,
         "has_description": True,
+        "flags": [],
     }

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from omnimri.platform.data import facts
+from omnimri.platform.data.sequences import Header, classify
 
 
 @pytest.mark.parametrize(
@@ -31,11 +32,11 @@ def test_vendor(written: object, vendor: str | None) -> None:
         (("",), {"tr_ms": 500.0, "te_ms": 12.0}, "T1w"), (("",), {"tr_ms": 4000.0, "te_ms": 100.0}, "T2w"),
         (("",), {"tr_ms": 2500.0, "te_ms": 20.0}, "PD"),
         (("",), {"tr_ms": 9000.0, "te_ms": 120.0, "ti_ms": 2500.0}, "FLAIR"),
-        (("",), {"tr_ms": 3000.0, "te_ms": 80.0, "scanning_sequence": "EP"}, None),
+        (("",), {"tr_ms": 3000.0, "te_ms": 80.0, "scanning_sequence": ("EP",)}, None),
     ],
 )  # fmt: skip
 def test_contrast(texts: tuple[str, ...], timing: dict, contrast: str | None) -> None:
-    assert facts.contrast(*texts, **timing) == contrast
+    assert classify(Header(texts=texts, **timing)).contrast == contrast
 
 
 @pytest.mark.parametrize(

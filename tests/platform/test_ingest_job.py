@@ -140,7 +140,7 @@ def test_kspace_rows_hold_what_the_image_was_made_from(shards: Shards) -> None:
 
 
 def test_ledger_names_reason_and_remedy_of_everything_that_was_not_read(shards: Shards) -> None:
-    lines = [json.loads(line) for line in (_out(shards) / "rejects.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in _out(shards).with_name("shards.rejects.jsonl").read_text().splitlines()]
     reasons = {line["source"]: line["reason"] for line in lines}
     assert reasons["CT_small.dcm"] == "Modality CT, expected MR."
     assert "truncated" in reasons["MR_truncated.dcm"]
@@ -208,7 +208,7 @@ def test_the_same_request_finds_its_result_and_another_is_refused(
     with pytest.raises(ValueError, match=r"holds another corpus.*--overwrite"):
         ingest([path], out, IngestConfig(seed=1))
     assert not ingest([path], out, IngestConfig(seed=1, overwrite=True)).reused
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.nii", "out", "out.key"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.nii", "out", "out.key", "out.rejects.jsonl"]
 
 
 def test_a_folder_of_other_things_is_never_replaced(tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def test_a_volume_that_comes_twice_is_kept_once(tmp_path: Path) -> None:
         save_nifti(tmp_path / "in" / f"sub-{name}_T1w.nii", random_image(3), np.eye(4))
     summary = ingest([tmp_path / "in"], tmp_path / "out", IngestConfig())
     assert (summary.num_volumes, summary.num_rejected) == (1, 1)
-    assert "The same voxels as sub-a_T1w.nii." in (tmp_path / "out" / "rejects.jsonl").read_text()
+    assert "sub-a_T1w.nii is kept" in (tmp_path / "out.rejects.jsonl").read_text()
 
 
 def test_job_prints_a_table_and_says_last_how_many_were_rejected(
@@ -235,7 +235,7 @@ def test_job_prints_a_table_and_says_last_how_many_were_rejected(
     assert job.main([*sources, "--out", str(tmp_path / "out"), "--dataset", "real", "--licence", "MIT"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split() == ["total", "2", "2", "2", "2"]
-    assert lines[-1] == f"{tmp_path}/out: 2 volumes ingested; 1 rejected, reasons in {tmp_path}/out/rejects.jsonl"
+    assert lines[-1] == f"{tmp_path}/out: 2 volumes ingested; 1 rejected, reasons in {tmp_path}/out.rejects.jsonl"
     assert {row.dataset for row in Shards.open(tmp_path / "out").rows} == {"real"}
 
 

@@ -214,7 +214,7 @@ def test_a_copy_of_an_instance_is_counted_and_used_once(tmp_path: Path) -> None:
     [record], [error] = read_path(tmp_path)
     np.testing.assert_array_equal(record.scan.image, image)
     assert error.source.endswith("and 4 more")
-    assert error.reason == "A copy of an instance in a/."
+    assert error.reason == "A copy of an instance that is there already."
 
 
 def test_ct_is_refused() -> None:

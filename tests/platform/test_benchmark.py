@@ -1,0 +1,67 @@
+"""Benchmarks: every way reads the same volumes, and the numbers are there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from omnimri.jobs import benchmark as job
+from omnimri.platform.benchmark import ingest as by_file
+from omnimri.platform.benchmark.sequences import benchmark_sequences
+from omnimri.platform.data.readers import read_item
+from omnimri.platform.data.records import ReadLimits
+from tests.platform.intake_fakes import dicom_slices, oblique_affine, random_image, rescalable, save_dicom, save_nifti
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    image = rescalable(random_image(1, (5, 32, 24)))
+    save_dicom(dicom_slices(image, oblique_affine(), seed=1), tmp_path / "in" / "series")
+    save_nifti(tmp_path / "in" / "sub-1_T1w.nii.gz", rescalable(random_image(2, (5, 32, 24))), oblique_affine())
+    return tmp_path / "in"
+
+
+def test_the_plain_loop_reads_what_ingest_reads(files: Path) -> None:
+    """Otherwise the comparison would be between different work."""
+    for item in by_file.find_items([files]):
+        [record], _ = read_item(item, ReadLimits())
+        paths = [Path(item.container) / name for name in item.names]
+        load = by_file._load_dicom if item.kind == "dicom" else lambda paths: by_file._load_nifti(paths[0])
+        array, affine = load(paths)
+        np.testing.assert_allclose(array[0], record.scan.image)
+        np.testing.assert_allclose(affine, record.scan.affine, atol=1e-4)
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_ingest_is_timed_beside_the_others(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert job.main(["ingest", str(files), "--out", str(tmp_path / "out.json")]) == 0
+    measured = json.loads((tmp_path / "out.json").read_text())
+    assert set(measured["volumes"].values()) == {2}
+    assert len(measured["seconds"]) == 4
+    assert measured["machine"] in capsys.readouterr().out
+
+
+def test_headers_are_counted_by_what_the_rules_say(tmp_path: Path) -> None:
+    rows = {
+        "Modality": ["MR", "MR", "MR", "CT"],
+        "SeriesDescription": ["AX T1 POST", "knee pd fs", None, "t1"],
+        "BodyPartExamined": ["BRAIN", "KNEE", "6657", None],
+        "Manufacturer": ["SIEMENS", "0000000", None, None],
+    }
+    pq.write_table(pa.table(rows), tmp_path / "headers.parquet")
+    measured = benchmark_sequences(tmp_path / "headers.parquet")
+    assert measured["rows"] == 3
+    assert measured["answers"]["contrast"] == {"T1w": 1, "PD": 1, "None": 1}
+    assert measured["coverage"]["contrast_agent"] == pytest.approx(1 / 3, abs=1e-4)
+    assert ["knee", "knee", 1] in measured["body_part_confusion"]
+
+
+def test_a_table_without_modality_is_refused(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"a": [1]}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="no column Modality"):
+        benchmark_sequences(tmp_path / "a.parquet")
