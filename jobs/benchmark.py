@@ -1,0 +1,85 @@
+r"""Measure speed and coverage on this machine, beside what people use otherwise.
+
+  omnimri benchmark ingest [SRC...]       read files: ingest, a plain pydicom/nibabel loop, MONAI
+  omnimri benchmark sequences [FILE]      sequence rules on a Parquet table of DICOM headers
+
+Prints one line per number with the machine and the date, and writes all of them to --out. Without SRC, the built-in
+corpus is made first (--patients). Without FILE, the index of the package idc-index-data is read.
+
+Examples:
+  omnimri benchmark ingest runs/demo/corpus --out ingest.json
+  omnimri benchmark sequences --out sequences.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from omnimri.jobs.command import job_parser, run_job
+from omnimri.platform.benchmark.ingest import benchmark_ingest
+from omnimri.platform.benchmark.sequences import benchmark_sequences, default_headers
+from omnimri.platform.cluster import ensure_ray
+from omnimri.platform.corpus.corpus import CorpusConfig, write_corpus
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the job; returns the exit status."""
+    parser = job_parser("benchmark", __doc__)
+    parser.add_argument("what", choices=["ingest", "sequences"], help="what to measure")
+    parser.add_argument("sources", nargs="*", type=Path, metavar="SRC", help="files to read")
+    parser.add_argument("--patients", type=int, default=24, metavar="N", help="of the built-in corpus (default: 24)")
+    parser.add_argument("--repeats", type=int, default=1, metavar="N", help="the fastest of N counts (default: 1)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON file for every number")
+    args = parser.parse_args(argv)
+    return run_job("benchmark", lambda: _run(args))
+
+
+def _run(args: argparse.Namespace) -> None:
+    measured = {"benchmark": args.what, "machine": machine(), "date": datetime.date.today().isoformat()}
+    measured |= _ingest(args) if args.what == "ingest" else _sequences(args)
+    print("\n".join(_lines(measured)))
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+        print(f"all numbers: {args.out}")
+
+
+def _ingest(args: argparse.Namespace) -> dict[str, Any]:
+    with TemporaryDirectory(prefix="omnimri-benchmark-") as folder, ensure_ray(num_cpus=os.cpu_count()):
+        sources = args.sources or [write_corpus(Path(folder) / "corpus", CorpusConfig(num_patients=args.patients)).out]
+        return benchmark_ingest(sources, repeats=args.repeats)
+
+
+def _sequences(args: argparse.Namespace) -> dict[str, Any]:
+    if len(args.sources) > 1:
+        raise ValueError(f"benchmark sequences takes one table of headers, found {len(args.sources)}.")
+    return benchmark_sequences(args.sources[0] if args.sources else default_headers())
+
+
+def machine() -> str:
+    """Processor architecture, cores and Python, as documents quote it."""
+    return f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+
+
+def _lines(measured: dict[str, Any], prefix: str = "") -> list[str]:
+    """Every number on a line of its own; of long tables the first ten entries."""
+    lines = []
+    for name, value in measured.items():
+        if isinstance(value, dict):
+            lines += _lines(dict(list(value.items())[:10]), f"{prefix}{name} / ")
+        elif isinstance(value, list):
+            lines += [f"{prefix}{name}: {entry}" for entry in value[:10]]
+        else:
+            lines.append(f"{prefix}{name}: {value}")
+    return lines
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
