@@ -50,6 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--init", type=Path, metavar="FOLDER", help="model folder to start from")
     parser.add_argument("--workers", type=int, metavar="N", help="Ray Train workers; 0 trains in this process")
     parser.add_argument("--fresh", action="store_true", help="discard what these stages have done so far")
+    parser.add_argument("--licences", metavar="POLICY", help="any (default), commercial-ok, or names with commas")
     parser.add_argument("--tracking-uri", metavar="URI", help="MLflow store")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE|@FILE")
     args = parser.parse_args(argv)
@@ -72,6 +73,8 @@ def make_run(args: argparse.Namespace, stages: Sequence[str]) -> RunConfig:
     run = recipe(args.preset, args.name or args.out.absolute().name, args.data, args.out)
     if args.workers is not None:
         run = replace(run, scaling=replace(run.scaling, num_workers=args.workers))
+    if args.licences is not None:
+        run = replace(run, licences=args.licences)
     return apply_overrides(run, expand_overrides(read_overrides(args.overrides), stages))
 
 

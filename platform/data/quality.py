@@ -82,12 +82,14 @@ def image_quality(
     return values
 
 
-def quality_flags(shape: Sequence[int], values: Mapping[str, float | None], limits: QualityLimits) -> list[str]:
-    """What a reader should know before using a volume."""
+def quality_flags(
+    shape: Sequence[int], contrast: str | None, values: Mapping[str, float | None], limits: QualityLimits
+) -> list[str]:
+    """What a reader should know before using a volume of `shape` `(Z, Y, X)`; CJV is defined for T1w alone."""
     beyond = {
         "low SNR": (values["snr"] or np.inf) < limits.min_snr,
         "ghosting": (values["ghosting"] or 0.0) > limits.max_ghosting,
-        "tissues not separable": (values["cjv"] or 0.0) > limits.max_cjv,
+        "tissues not separable": contrast == "T1w" and (values["cjv"] or 0.0) > limits.max_cjv,
         "small matrix": min(shape[1:]) < limits.min_matrix,
     }
     return [flag for flag, holds in beyond.items() if holds]

@@ -106,6 +106,19 @@ class Shards:
         rows = [row for row in self.rows if all(_matches(getattr(row, k), v) for k, v in conditions.items())]
         return Shards(rows, self.manifests)
 
+    def without_patients(self, **conditions: Any) -> Shards:
+        """The rows of patients of whom no row has these values: what is left when a vendor or a data set is held out.
+
+        Raises:
+            ValueError: If a field is unknown, or no row has the values: a held-out set that is empty proves nothing.
+        """
+        if not conditions:
+            return self
+        held_out = {row.patient_id for row in self.select(**conditions).rows}
+        if not held_out:
+            raise ValueError(f"hold_out {conditions} names no row.")
+        return Shards([row for row in self.rows if row.patient_id not in held_out], self.manifests)
+
     @cached_property
     def digest(self) -> str:
         """Version of the data: changes with any row's content, not with the order, the layout or the key."""

@@ -113,6 +113,7 @@ def make_row(
     scan = record.scan
     annotation = plan.annotation or Annotation()
     label_map, boxes, errors = _fitted(annotation, record, plan.item, limits)
+    facts = whitelisted(merge_facts(scan.facts, annotation))
     measured = image_quality(scan.image, label_map, annotation.label_names)
     row = {
         "schema_version": SCHEMA_VERSION,
@@ -137,9 +138,10 @@ def make_row(
         "report": scrub(annotation.report, record.identifiers),
         "description": _json(scrub(annotation.description, record.identifiers)),
         "description_origin": _json(annotation.description_origin),
-        **whitelisted(merge_facts(scan.facts, annotation)),
+        **facts,
         "quality": measured,
-        "flags": quality_flags(scan.image.shape, measured, quality) + face_flags(scan, measured, plan),
+        "flags": quality_flags(scan.image.shape, facts["contrast"], measured, quality)
+        + face_flags(scan, measured, plan),
         "fingerprint": fingerprint(scan.image, scan.affine),
         "preprocessing_version": INTAKE_VERSION,
     }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from omnimri.models.vocabulary import IMAGE_TASKS, TASKS
 
@@ -20,6 +21,8 @@ class EvaluateConfig:
     """Further limit for reconstruction and segmentation, which cost most."""
     max_slices: int | None = None
     """Central slices of a volume that reconstruction is scored on; None takes all."""
+    where: dict[str, Any] = field(default_factory=dict)
+    """Fields of a row with the values to score, for example `{"vendor": "Philips"}` after training without it."""
     accelerations: tuple[int, ...] = (4, 8)
     center_fractions: tuple[float, ...] = (0.08, 0.04)
     """Share of fully sampled centre lines, one for each acceleration."""

@@ -91,7 +91,7 @@ def plan(shards: Shards, config: EvaluateConfig) -> tuple[list[Unit], list[str]]
     """Units of work, and what was left out of them, in words."""
     units, notes = [], []
     for task in config.tasks:
-        refs = shards.select(split=config.split, **{NEEDS[task]: True}).rows
+        refs = shards.select(**config.where, split=config.split, **{NEEDS[task]: True}).rows
         chosen = spread_over_patients(refs, config.volume_limit(task))
         units += [Unit(task, ref) for ref in chosen]
         if len(chosen) < len(refs):

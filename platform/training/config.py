@@ -158,6 +158,10 @@ class RunConfig:
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
     stream: StreamConfig = field(default_factory=StreamConfig)
+    licences: str = "any"
+    """Which volumes may be used: `any`, `commercial-ok`, or licences by name, separated by commas."""
+    hold_out: dict[str, Any] = field(default_factory=dict)
+    """Patients who have a volume with these values are left out, for example `{"vendor": "Philips"}`."""
     tracking_uri: str | None = None
     """MLflow's; None keeps a database in the run's folder."""
 

@@ -21,6 +21,9 @@ class Kit(Protocol):
     def data_digest(self, data: Sequence[str]) -> str:
         """Version of the data in the folders."""
 
+    def licence_counts(self, data: Sequence[str]) -> Mapping[str, int]:
+        """Training volumes by licence."""
+
     def source_rows(self, source: str, data: Sequence[str], config: Any, split: str) -> SourceRows:
         """The rows of a split (`train` or `val`) that a source may show, and how samples are made of them."""
 

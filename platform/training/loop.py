@@ -221,6 +221,7 @@ def finish(bench: Bench, last: Mapping[str, Any]) -> None:
         "settings_digest": job.settings_digest,
         "data": list(job.run.data),
         "data_digest": job.data_digest,
+        "licences": dict(job.kit.licence_counts(job.run.data)),
         "losses": bench.tenths.summary(),
         "tracking": None if job.tracker is None else {"uri": job.tracker.uri, "run_id": job.tracker.run_id},
     }

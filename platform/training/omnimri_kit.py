@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,9 +21,12 @@ from omnimri.models.preprocess import Preprocess
 from omnimri.models.prompts import INSTRUCTIONS, SequenceBuilder, diagnosis_choices
 from omnimri.models.tokenizer import load_tokenizer, train_tokenizer
 from omnimri.models.vocabulary import STRUCTURES
+from omnimri.platform.data.licences import ANY, count_licences, licensed
 from omnimri.platform.data.shards import RowRef, Shards, load_row
 from omnimri.platform.data.stream import SourceRows
 from omnimri.platform.data.views import SOURCES, ViewOptions, description_text
+
+logger = logging.getLogger(__name__)
 
 TEXT_ROWS = 2000
 """Rows whose texts the tokenizer is trained on, at most."""
@@ -51,6 +55,10 @@ class OmniMRIKit:
 
     view: Mapping[str, Any] = field(default_factory=dict)
     """Fields of `ViewOptions` that differ from their defaults."""
+    licences: str = ANY
+    """Policy of `omnimri.platform.data.licences`: which rows may be used."""
+    hold_out: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of a row with values that no patient in training may have."""
 
     def kinds(self) -> Mapping[str, str]:
         """See `Kit`."""
@@ -58,17 +66,28 @@ class OmniMRIKit:
 
     def data_digest(self, data: Sequence[str]) -> str:
         """See `Kit`."""
-        return Shards.open(data).digest
+        shards, kept = Shards.open(data), self._rows(data)
+        if len(kept) < len(shards):
+            used, all_ = count_licences(kept), count_licences(shards)
+            logger.info("licences %r, hold_out %s: %s of %s", self.licences, dict(self.hold_out), used, all_)
+        return kept.digest
+
+    def licence_counts(self, data: Sequence[str]) -> Mapping[str, int]:
+        """See `Kit`."""
+        return count_licences(self._rows(data).select(split="train"))
 
     def source_rows(self, source: str, data: Sequence[str], config: OmniMRIConfig, split: str) -> SourceRows:
         """See `Kit`."""
         options = ViewOptions(preprocess=Preprocess(config.inputs), **self.view)
-        rows = [ref for ref in Shards.open(data).select(split=split).rows if SOURCES[source].accepts(ref)]
+        rows = [ref for ref in self._rows(data).select(split=split).rows if SOURCES[source].accepts(ref)]
         return SourceRows(rows=rows, load=_Load(SOURCES[source].columns), make=_Make(source, options))
+
+    def _rows(self, data: Sequence[str]) -> Shards:
+        return licensed(Shards.open(data), self.licences).without_patients(**self.hold_out)
 
     def build_tokenizer(self, data: Sequence[str], config: OmniMRIConfig, folder: Path) -> None:
         """See `Kit`."""
-        train_tokenizer(corpus_texts(data), config.backbone.vocab_size).save_pretrained(folder)
+        train_tokenizer(corpus_texts(self._rows(data)), config.backbone.vocab_size).save_pretrained(folder)
 
     def load_tokenizer(self, folder: Path) -> PreTrainedTokenizerBase:
         """See `Kit`."""
@@ -119,9 +138,9 @@ class OmniMRIKit:
         model.save(folder, tokenizer, version=f"{card['run']}-{card['stage']}-{card['settings_digest'][:8]}", run=card)
 
 
-def corpus_texts(data: Sequence[str]) -> Iterator[str]:
+def corpus_texts(shards: Shards) -> Iterator[str]:
     """Texts that the model reads and writes: reports and descriptions of training rows, and every instruction."""
-    refs = [r for r in Shards.open(data).select(split="train").rows if r.has_report or r.has_description]
+    refs = [r for r in shards.select(split="train").rows if r.has_report or r.has_description]
     for ref in refs[:TEXT_ROWS]:
         row = load_row(ref, ("report", "description"))
         yield from filter(None, (row["report"], description_text(row["description"])))

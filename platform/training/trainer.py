@@ -50,6 +50,8 @@ class StageResult:
     """Mean of each loss over the first and the last tenth of the steps."""
     settings_digest: str
     data_digest: str
+    licences: dict[str, int]
+    """Training volumes by licence."""
 
     def write(self, folder: Path) -> None:
         """Write `result.json` to the folder."""
@@ -95,7 +97,7 @@ def run_stage(
     """
     if fresh:
         discard(stage, run)
-    job = make_job(stage, run, kit=kit or default_kit(), init=init, tracker=tracker, report_every=report_every)
+    job = make_job(stage, run, kit=kit or default_kit(run), init=init, tracker=tracker, report_every=report_every)
     job = replace(job, export=export)
     claim(job)
     if (done := completed(job)) is not None:
@@ -113,6 +115,7 @@ def run_stage(
         losses=losses,
         settings_digest=job.settings_digest,
         data_digest=job.data_digest,
+        licences=dict(job.kit.licence_counts(run.data)),
     )
     result.write(run.folder(stage))
     return result
@@ -152,7 +155,13 @@ def run_stages(
 def record_result(tracker: Tracker, run: RunConfig, result: StageResult) -> None:
     """The data, and what the stage gained, in the tracker."""
     tracker.log_dataset(run.name, result.data_digest, ",".join(run.data), "train")
-    tracker.set_tags({"settings_digest": result.settings_digest, "model_folder": result.model_folder})
+    tracker.set_tags(
+        {
+            "licences": json.dumps(result.licences),
+            "settings_digest": result.settings_digest,
+            "model_folder": result.model_folder,
+        }
+    )
     flat = {f"{tenth}/{name}": value for name, tenths in result.losses.items() for tenth, value in tenths.items()}
     tracker.log_metrics({**flat, "seconds": result.seconds}, step=result.steps)
 
@@ -168,11 +177,11 @@ def format_results(results: Sequence[StageResult]) -> str:
     return "\n".join(lines)
 
 
-def default_kit() -> Kit:
+def default_kit(run: RunConfig) -> Kit:
     """The kit of OmniMRI itself."""
     from omnimri.platform.training.omnimri_kit import OmniMRIKit
 
-    return OmniMRIKit()
+    return OmniMRIKit(licences=run.licences, hold_out=run.hold_out)
 
 
 def make_job(

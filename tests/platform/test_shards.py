@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from omnimri.platform.data.schema import SCHEMA, SCHEMA_VERSION
 from omnimri.platform.data.shards import Shards, load_row, row_to_scan
 from omnimri.platform.data.writer import PlannedItem, write_shard
 from tests.platform.intake_fakes import coil_kspace, random_image, save_fastmri, save_nifti
+from tests.platform.shards_fakes import write_shards
 
 SHAPE = (4, 6, 5)
 
@@ -108,3 +110,13 @@ def test_what_is_no_corpus_or_of_another_schema_is_refused(tmp_path: Path) -> No
 def test_rows_hold_every_column_of_the_schema(tmp_path: Path) -> None:
     shards = Shards.open(_corpus(tmp_path / "a", range(1)))
     assert list(load_row(shards.rows[0])) == SCHEMA.names
+
+
+def test_patients_of_a_held_out_kind_are_left_out_whole(tmp_path: Path) -> None:
+    shards = Shards.open(write_shards(tmp_path / "shards"))
+    rows = [replace(row, vendor="Philips" if n == 5 else "GE") for n, row in enumerate(shards.rows)]
+    left = Shards(rows, shards.manifests).without_patients(vendor="Philips")
+    assert {row.patient_id for row in left.rows} == {"patient-0", "patient-2"}
+    assert len(left) == 8
+    with pytest.raises(ValueError, match="names no row"):
+        left.without_patients(vendor="Philips")

@@ -112,6 +112,9 @@ class FakeKit:
     def data_digest(self, data: Sequence[str]) -> str:
         return "fake-" + "-".join(data)
 
+    def licence_counts(self, data: Sequence[str]) -> Mapping[str, int]:
+        return {"CC0-1.0": 64}
+
     def source_rows(self, source: str, data: Sequence[str], config: Any, split: str) -> SourceRows:
         rows = list(range(self.num_rows if split == "train" else 3))
         return SourceRows(rows=rows, load=_load, make=_Make(config.dim, sorted(self.kinds()).index(source)))
