@@ -9,6 +9,7 @@ their order does not matter. DIR then holds
   manifest.json      the rows, their splits, and the digest that names this version of the data
   rejects.jsonl      what was not read and why, with pseudonyms of the files
   summary.json       the printed table
+  report.html        the same with charts, licences, quality flags and reject reasons
 
 and appears only when it is complete. DIR.rejects.jsonl beside it names the rejected files, the reason and what to do.
 The same command again goes on where it was interrupted, or returns at once; for a DIR that holds something else give

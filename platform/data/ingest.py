@@ -31,6 +31,7 @@ from omnimri.platform.data.draft import Draft, open_draft
 from omnimri.platform.data.quality import QualityLimits, near_copies
 from omnimri.platform.data.readers import ANNOTATIONS_NAME, Probe, WorkItem, group, probe_files
 from omnimri.platform.data.records import ReadError, ReadLimits
+from omnimri.platform.data.report import write_report
 from omnimri.platform.data.schema import SCHEMA_VERSION
 from omnimri.platform.data.shards import MANIFEST_NAME, content_digest
 from omnimri.platform.data.sources import Archive, Folder, Source, open_sources
@@ -416,13 +417,14 @@ def _flag_near_copies(rows: list[dict[str, Any]], max_distance: int) -> None:
 
 
 def _write_documents(folder: Path, rows: list[dict[str, Any]], ledger: list[dict[str, str]], request: str) -> dict:
-    """Ledger, summary and, last, the manifest; returns the summary."""
+    """Ledger, summary, report and, last, the manifest; returns the summary."""
     entries = [{k: v for k, v in row.items() if k not in _DRIVER_ONLY} for row in rows]
     digest = content_digest((entry["digest"], entry["split"]) for entry in entries)
     datasets = sorted({entry["dataset"] for entry in entries})
     tables = {"digest": digest, **summarise(entries, ledger)}
     _write_lines(folder / REJECTS_NAME, ledger)
     _write_json(folder / SUMMARY_NAME, tables)
+    write_report(folder, tables, entries)
     manifest = {
         "schema_version": SCHEMA_VERSION,
         "intake_version": INTAKE_VERSION,

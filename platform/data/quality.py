@@ -83,13 +83,13 @@ def image_quality(
 
 
 def quality_flags(
-    shape: Sequence[int], contrast: str | None, values: Mapping[str, float | None], limits: QualityLimits
+    shape: Sequence[int], values: Mapping[str, float | None], limits: QualityLimits, *, t1_weighted: bool
 ) -> list[str]:
-    """What a reader should know before using a volume of `shape` `(Z, Y, X)`; CJV is defined for T1w alone."""
+    """What a reader should know before using a volume of `shape` `(Z, Y, X)`; CJV has bounds for T1w alone."""
     beyond = {
         "low SNR": (values["snr"] or np.inf) < limits.min_snr,
         "ghosting": (values["ghosting"] or 0.0) > limits.max_ghosting,
-        "tissues not separable": contrast == "T1w" and (values["cjv"] or 0.0) > limits.max_cjv,
+        "tissues not separable": t1_weighted and (values["cjv"] or 0.0) > limits.max_cjv,
         "small matrix": min(shape[1:]) < limits.min_matrix,
     }
     return [flag for flag, holds in beyond.items() if holds]

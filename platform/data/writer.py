@@ -140,7 +140,7 @@ def make_row(
         "description_origin": _json(annotation.description_origin),
         **facts,
         "quality": measured,
-        "flags": quality_flags(scan.image.shape, facts["contrast"], measured, quality)
+        "flags": quality_flags(scan.image.shape, measured, quality, t1_weighted=facts["contrast"] == "T1w")
         + face_flags(scan, measured, plan),
         "fingerprint": fingerprint(scan.image, scan.affine),
         "preprocessing_version": INTAKE_VERSION,

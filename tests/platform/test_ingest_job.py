@@ -17,6 +17,7 @@ from omnimri.models.geometry import to_canonical
 from omnimri.platform.corpus.corpus import CorpusConfig, write_corpus
 from omnimri.platform.data.deid import KEY_VARIABLE
 from omnimri.platform.data.ingest import IngestConfig, ingest
+from omnimri.platform.data.report import cross_table
 from omnimri.platform.data.schema import SCHEMA
 from omnimri.platform.data.shards import Shards, load_row, row_to_scan
 from tests.platform.intake_fakes import (
@@ -181,6 +182,14 @@ def test_summary_counts_what_there_is(shards: Shards) -> None:
     assert tables["annotation"]["boxes"]["volumes"] == 10
     assert sum(tables["rejected"].values()) == 9
     assert tables["digest"] == shards.digest
+
+
+def test_report_shows_what_the_summary_counts(shards: Shards) -> None:
+    page = (_out(shards) / "report.html").read_text()
+    assert all(word in page for word in (shards.digest, "fakes", "CC0-1.0", "Modality CT, expected MR.", "Vendor and"))
+    rows = [{"vendor": v, "field_strength_t": f} for v, f in (("GE", 1.5), ("GE", 3.0), ("GE", 3.0), (None, None))]
+    table = cross_table(rows)
+    assert table == {"columns": ["1.5 T", "3 T", "unknown"], "lines": [("GE", [1, 2, 0]), ("unknown", [0, 0, 1])]}
 
 
 def test_digest_and_split_do_not_depend_on_key_layout_or_place(

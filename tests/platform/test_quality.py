@@ -51,7 +51,7 @@ def test_a_ghost_of_known_strength_is_measured() -> None:
     assert ghost_to_signal(1.0 * head, head, axis=1) == 0
     values = image_quality(noisy(image, 0.01))
     assert values["ghosting"] == pytest.approx(0.15, abs=0.03)
-    assert "ghosting" in quality_flags(SHAPE, "T1w", values, QualityLimits())
+    assert "ghosting" in quality_flags(SHAPE, values, QualityLimits(), t1_weighted=True)
 
 
 def test_entropy_focus_is_one_for_a_flat_image_and_zero_for_a_point() -> None:
@@ -73,17 +73,19 @@ def test_joint_variation_of_known_tissues() -> None:
 
 def test_tissues_are_expected_apart_only_where_t1_weighting_does_it() -> None:
     values = dict.fromkeys(("snr", "efc", "fber", "ghosting")) | {"cjv": 3.0}
-    assert quality_flags(SHAPE, "T1w", values, QualityLimits()) == ["tissues not separable"]
-    assert quality_flags(SHAPE, "PD", values, QualityLimits()) == []
+    assert quality_flags(SHAPE, values, QualityLimits(), t1_weighted=True) == ["tissues not separable"]
+    assert quality_flags(SHAPE, values, QualityLimits(), t1_weighted=False) == []
 
 
 def test_what_cannot_be_computed_is_none_and_raises_no_flag() -> None:
     """A skull-stripped volume has no noise in air; a good one has nothing to flag."""
     values = image_quality(anatomy(0))
     assert values["snr"] is values["fber"] is values["ghosting"] is values["cjv"] is None
-    assert quality_flags(SHAPE, "T1w", values, QualityLimits()) == []
-    assert quality_flags(SHAPE, "T1w", image_quality(noisy(anatomy(0), 0.02)), QualityLimits()) == []
-    assert quality_flags(SHAPE, "T1w", image_quality(noisy(anatomy(0), 2.0)), QualityLimits())[0] == "low SNR"
+    assert quality_flags(SHAPE, values, QualityLimits(), t1_weighted=True) == []
+    assert quality_flags(SHAPE, image_quality(noisy(anatomy(0), 0.02)), QualityLimits(), t1_weighted=True) == []
+    assert (
+        quality_flags(SHAPE, image_quality(noisy(anatomy(0), 2.0)), QualityLimits(), t1_weighted=True)[0] == "low SNR"
+    )
 
 
 def test_copies_have_near_fingerprints_and_others_have_not() -> None:
