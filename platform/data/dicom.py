@@ -1,7 +1,8 @@
 """DICOM: which instances are volumes of magnitude images, and reading a series of them.
 
-Geometry comes from highdicom. A series is sorted by position along the slice normal, never by Instance Number; the
-rescale is applied slice by slice; several images at one position become several volumes.
+Mosaics are unpacked first (`dicom_mosaic`). Geometry comes from highdicom. A series is sorted by position along the
+slice normal, never by Instance Number; the rescale is applied slice by slice; several images at one position become
+several volumes.
 """
 
 from __future__ import annotations
@@ -16,8 +17,11 @@ import highdicom
 import numpy as np
 import pydicom
 from pydicom.dataset import Dataset
+from pydicom.pixels import get_decoder
+from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian
 
 from omnimri.models.scan import Scan
+from omnimri.platform.data import dicom_mosaic
 from omnimri.platform.data.facts import dicom_facts
 from omnimri.platform.data.records import (
     UNREADABLE,
@@ -56,7 +60,8 @@ _TRUNCATED = ("The pixel data is too short: a truncated file.", "Transfer the fi
 
 PROBE_TAGS = [
     "SOPClassUID", "SOPInstanceUID", "Modality", "ImageType", "SeriesDescription", "BurnedInAnnotation", "Rows",
-    "PatientID", "StudyInstanceUID", "SeriesInstanceUID", "PhotometricInterpretation", "NumberOfFrames",
+    "PatientID", "StudyInstanceUID", "SeriesInstanceUID", "PhotometricInterpretation", "NumberOfFrames", "Columns",
+    "SamplesPerPixel", "BitsAllocated",
 ]  # fmt: skip
 
 _SPLIT_KEYS: tuple[Callable[[Dataset], Any], ...] = (
@@ -109,7 +114,8 @@ def _is_compressed(header: Dataset) -> bool:
 def _pixel_bytes(header: Dataset) -> int:
     """Bytes that uncompressed pixels take."""
     counts = [int(header.get(name) or 1) for name in ("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel")]
-    return int(np.prod(counts)) * int(header.get("BitsAllocated") or 8) // 8
+    has_pixels = header.get("Rows") is not None
+    return int(np.prod(counts)) * int(header.get("BitsAllocated") or 8) // 8 if has_pixels else 0
 
 
 def _refusal(header: Dataset) -> tuple[str, str] | None:
@@ -127,8 +133,6 @@ def _refusal(header: Dataset) -> tuple[str, str] | None:
         return "A colour image, not a measured one.", "Leave it out."
     if str(header.get("BurnedInAnnotation", "")).upper() == "YES":
         return "Text is burned into the pixels and may identify the patient.", "Clean the pixels first."
-    if "MOSAIC" in image_type:
-        return "A Siemens mosaic, which is not unpacked yet.", "Convert it with dcm2niix and ingest the NIfTI."
     if "LOCALIZER" in image_type or re.search(r"localis|localiz|\bscout|survey|3.?plane|\bloc\b", description):
         return "A localiser.", "Nothing to do: localisers are left out."
     if _MAPS & set(image_type):
@@ -161,19 +165,43 @@ def read_series(paths: Sequence[Path], source: str, limits: ReadLimits) -> tuple
             datasets = [pydicom.dcmread(path, force=True) for path in paths]
             for dataset in datasets:
                 _check_size(dataset, source, limits)
-            volumes = [volume for stack in _stacks(datasets, source) for volume in _split(stack, source)]
+            instances = [instance for dataset in datasets for instance in _unpacked(dataset, source)]
+            volumes = [volume for stack in _stacks(instances, source) for volume in _split(stack, source)]
     except ReadError as error:
         return [], [error]
     except UNREADABLE as error:
-        return [], [ReadError(source, f"The headers of the series cannot be read ({type(error).__name__}).")]
+        reason = f"The headers of the series cannot be read ({type(error).__name__})."
+        return [], [ReadError(source, reason)]
     records, errors = [], []
     for index, volume in enumerate(volumes):
         try:
             with quiet_libraries():
-                records.append(_record(volume, source, index, len(volumes)))
+                record = _record(volume, source, index, len(volumes))
         except ReadError as error:
             errors.append(error)
+            continue
+        records.append(record)
     return records, errors
+
+
+def _unpacked(dataset: Dataset, source: str) -> list[Dataset]:
+    """The slices of a mosaic; any other instance as it is."""
+    if not dicom_mosaic.is_mosaic(dataset) or dataset.SOPClassUID == ENHANCED_MR_IMAGE:
+        return [dataset]
+    _check_geometry(dataset, source)
+    try:
+        return dicom_mosaic.unpack(dataset, source)
+    except ReadError:
+        raise
+    except UNREADABLE as error:
+        raise ReadError(source, *_why_unreadable(error, [dataset])) from error
+
+
+def _check_geometry(dataset: Dataset, source: str) -> None:
+    if not all(dataset.get(name) for name in ("ImageOrientationPatient", "ImagePositionPatient", "PixelSpacing")):
+        raise ReadError(
+            source, "Image Position, Image Orientation or Pixel Spacing is missing.", "Export it with geometry."
+        )
 
 
 def _check_size(dataset: Dataset, source: str, limits: ReadLimits) -> None:
@@ -188,10 +216,7 @@ def _stacks(datasets: Sequence[Dataset], source: str) -> list[list[Dataset]]:
         if dataset.SOPClassUID == ENHANCED_MR_IMAGE:
             stacks[(index,)].append(dataset)
             continue
-        if not all(dataset.get(name) for name in ("ImageOrientationPatient", "ImagePositionPatient", "PixelSpacing")):
-            raise ReadError(
-                source, "Image Position, Image Orientation or Pixel Spacing is missing.", "Export it with geometry."
-            )
+        _check_geometry(dataset, source)
         orientation = tuple(round(float(v), 3) + 0.0 for v in dataset.ImageOrientationPatient)
         spacing = tuple(round(float(v), 4) for v in dataset.PixelSpacing)
         stacks[(int(dataset.Rows), int(dataset.Columns), *orientation, *spacing)].append(dataset)
@@ -311,8 +336,17 @@ def _classic_volume(volume: list[Dataset]) -> highdicom.Volume:
 
 
 def _enhanced_volume(dataset: Dataset) -> highdicom.Volume:
+    _make_little_endian(dataset)
     image = highdicom.Image.from_dataset(dataset, copy=False)
     return image.get_volume(dtype=np.float32, apply_real_world_transform=False, rtol=_SPACING_TOLERANCE)
+
+
+def _make_little_endian(dataset: Dataset) -> None:
+    """Turn the bytes of a big-endian object's pixels, the only values that stay encoded; highdicom refuses it else."""
+    if dataset.file_meta.get("TransferSyntaxUID") == ExplicitVRBigEndian:
+        pixels = dataset.pixel_array
+        dataset.PixelData = pixels.astype(pixels.dtype.newbyteorder("<")).tobytes()
+        dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
 
 
 def _why_unreadable(error: BaseException, volume: list[Dataset]) -> tuple[str, str]:
@@ -323,12 +357,27 @@ def _why_unreadable(error: BaseException, volume: list[Dataset]) -> tuple[str, s
     if "regularly" in text:
         return _uneven_spacing(volume), "Export the whole series."
     if "unable to decompress" in text or "decoder" in text or "plugin" in text:
-        return "The compressed pixel data cannot be decoded.", "Decompress it, for example with dcmdjpeg of dcmtk."
+        return _why_undecodable(str(volume[0].file_meta.get("TransferSyntaxUID", "")))
     if volume[0].SOPClassUID == ENHANCED_MR_IMAGE:
         return "The frames of the enhanced multi-frame object do not form one volume.", "Convert it with dcm2niix."
     if "frame of reference" in text or "orientation" in text or "spacing" in text:
         return "The slices do not share one orientation, spacing and frame of reference.", "Split the series."
     return f"The series cannot be made a volume ({type(error).__name__}).", "Convert it with dcm2niix."
+
+
+def _why_undecodable(syntax: str) -> tuple[str, str]:
+    """Reason and hint for compressed pixels: which plugin is missing, if it is that."""
+    try:
+        decoder = get_decoder(syntax)
+    except NotImplementedError:
+        return "The pixel data is compressed in a way that pydicom does not know.", "Decompress it first."
+    if decoder.is_available:
+        return "The compressed pixel data cannot be decoded.", "Decompress it, for example with dcmdjpeg of dcmtk."
+    plugins = "; ".join(decoder.missing_dependencies)
+    return (
+        f"No decoder for {decoder.UID.name} is installed.",
+        f"Install a plugin of pydicom ({plugins}) or decompress it.",
+    )
 
 
 def _uneven_spacing(volume: list[Dataset]) -> str:
