@@ -1,12 +1,13 @@
 """DICOM: which instances are volumes of magnitude images, and reading a series of them.
 
-Mosaics are unpacked first (`dicom_mosaic`). Geometry comes from highdicom. A series is sorted by position along the
-slice normal, never by Instance Number; the rescale is applied slice by slice; several images at one position become
-several volumes.
+Mosaics are unpacked first (`dicom_mosaic`); overlays become labels (`dicom_overlays`). Geometry comes from highdicom. A
+series is sorted by position along the slice normal, never by Instance Number; the rescale is applied slice by slice;
+several images at one position become several volumes.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian
 
 from omnimri.models.scan import Scan
 from omnimri.platform.data import dicom_mosaic
+from omnimri.platform.data.dicom_overlays import overlay_labels
 from omnimri.platform.data.facts import dicom_facts
 from omnimri.platform.data.records import (
     UNREADABLE,
@@ -180,7 +182,9 @@ def read_series(paths: Sequence[Path], source: str, limits: ReadLimits) -> tuple
         except ReadError as error:
             errors.append(error)
             continue
+        record, refused = _with_overlays(record, volume)
         records.append(record)
+        errors += refused
     return records, errors
 
 
@@ -202,6 +206,23 @@ def _check_geometry(dataset: Dataset, source: str) -> None:
         raise ReadError(
             source, "Image Position, Image Orientation or Pixel Spacing is missing.", "Export it with geometry."
         )
+
+
+def _with_overlays(record: SeriesRecord, volume: list[Dataset]) -> tuple[SeriesRecord, list[ReadError]]:
+    """The record with what was drawn on its slices, or the reason why that is left out."""
+    if volume[0].SOPClassUID == ENHANCED_MR_IMAGE:
+        return record, []
+    try:
+        with quiet_libraries():
+            labels = overlay_labels(volume, record.scan, record.source)
+    except ReadError as error:
+        return record, [error]
+    except UNREADABLE as error:
+        reason = f"The overlays of the series cannot be read ({type(error).__name__})."
+        return record, [ReadError(record.source, reason, "The volume was kept.")]
+    if labels is None:
+        return record, []
+    return dataclasses.replace(record, label_map=labels.label_map, label_names=labels.names), []
 
 
 def _check_size(dataset: Dataset, source: str, limits: ReadLimits) -> None:
