@@ -1,8 +1,9 @@
 """DICOM: which instances are volumes of magnitude images, and reading a series of them.
 
-Mosaics are unpacked first (`dicom_mosaic`); overlays become labels (`dicom_overlays`). Geometry comes from highdicom. A
-series is sorted by position along the slice normal, never by Instance Number; the rescale is applied slice by slice;
-several images at one position become several volumes.
+Mosaics are unpacked first (`dicom_mosaic`). Labels come from overlays (`dicom_overlays`) and from segmentations and
+structure sets that refer to the series (`dicom_labels`). Geometry comes from highdicom. A series is sorted by position
+along the slice normal, never by Instance Number; the rescale is applied slice by slice; several images at one position
+become several volumes.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,7 +23,8 @@ from pydicom.pixels import get_decoder
 from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian
 
 from omnimri.models.scan import Scan
-from omnimri.platform.data import dicom_mosaic
+from omnimri.platform.data import dicom_labels, dicom_mosaic
+from omnimri.platform.data.dicom_labels import LPS_TO_RAS
 from omnimri.platform.data.dicom_overlays import overlay_labels
 from omnimri.platform.data.facts import dicom_facts
 from omnimri.platform.data.records import (
@@ -37,8 +39,6 @@ from omnimri.platform.data.records import (
 MR_IMAGE = "1.2.840.10008.5.1.4.1.1.4"
 ENHANCED_MR_IMAGE = "1.2.840.10008.5.1.4.1.1.4.1"
 _DEFLATED = b"1.2.840.10008.1.2.1.99"
-
-LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 _MAPS = frozenset(
     {
@@ -63,7 +63,7 @@ _TRUNCATED = ("The pixel data is too short: a truncated file.", "Transfer the fi
 PROBE_TAGS = [
     "SOPClassUID", "SOPInstanceUID", "Modality", "ImageType", "SeriesDescription", "BurnedInAnnotation", "Rows",
     "PatientID", "StudyInstanceUID", "SeriesInstanceUID", "PhotometricInterpretation", "NumberOfFrames", "Columns",
-    "SamplesPerPixel", "BitsAllocated",
+    "SamplesPerPixel", "BitsAllocated", *dicom_labels.REFERENCE_TAGS,
 ]  # fmt: skip
 
 _SPLIT_KEYS: tuple[Callable[[Dataset], Any], ...] = (
@@ -86,7 +86,7 @@ def probe(stream: BinaryIO, source: str, num_bytes: int) -> Dataset:
     """Read the few header values that decide what an instance is; pixels stay on disk.
 
     Raises:
-        ReadError: If this is no DICOM, or not a magnitude image of MR, with the reason.
+        ReadError: If this is no DICOM, or neither a magnitude image of MR nor labels on one, with the reason.
     """
     if _DEFLATED in stream.read(1024):
         raise ReadError(source, "The DICOM object is deflated as a whole, which bounds nothing.", "Inflate it first.")
@@ -100,7 +100,7 @@ def probe(stream: BinaryIO, source: str, num_bytes: int) -> Dataset:
         raise ReadError(source, "Not a readable DICOM file.", "Export it again.") from error
     if not is_dicom:
         raise ReadError(source, "Not a DICOM image: no SOP class or series in its header.", "Export it again.")
-    refusal = _refusal(header)
+    refusal = None if dicom_labels.is_label_object(header) else _refusal(header)
     if refusal:
         raise ReadError(source, *refusal)
     if not _is_compressed(header) and num_pixel_bytes < _pixel_bytes(header):
@@ -151,29 +151,45 @@ def keys(header: Dataset) -> tuple[str, str, str]:
     return str(header.get("PatientID") or "") or study or series, study, series
 
 
-def read_series(paths: Sequence[Path], source: str, limits: ReadLimits) -> tuple[list[SeriesRecord], list[ReadError]]:
-    """Read the instances of one series, given in any order.
+def read_series(
+    paths: Sequence[Path], source: str, limits: ReadLimits, label_paths: Mapping[str, Path] | None = None
+) -> tuple[list[SeriesRecord], list[ReadError]]:
+    """Read the instances of one series, given in any order, and the labels on it.
 
     Args:
         paths: Files of one Series Instance UID.
         source: Name of the series in records and errors.
         limits: Bounds on sizes.
+        label_paths: Segmentations and structure sets that refer to the series, by their names in errors.
 
     Returns:
         One record per volume, ordered by stack and then by what tells the volumes apart, and what was refused.
     """
+    records, errors, frame_of_reference = _read_volumes(paths, source, limits)
+    if label_paths:
+        records, refused = dicom_labels.attach(records, label_paths, frame_of_reference, limits)
+        errors += refused
+    return records, errors
+
+
+def _read_volumes(
+    paths: Sequence[Path], source: str, limits: ReadLimits
+) -> tuple[list[SeriesRecord], list[ReadError], str]:
+    """Volumes with their overlays, what was refused, and the UID of the frame of reference."""
+    frame_of_reference = ""
     try:
         with quiet_libraries():
             datasets = [pydicom.dcmread(path, force=True) for path in paths]
             for dataset in datasets:
                 _check_size(dataset, source, limits)
+            frame_of_reference = str(datasets[0].get("FrameOfReferenceUID") or "")
             instances = [instance for dataset in datasets for instance in _unpacked(dataset, source)]
             volumes = [volume for stack in _stacks(instances, source) for volume in _split(stack, source)]
     except ReadError as error:
-        return [], [error]
+        return [], [error], frame_of_reference
     except UNREADABLE as error:
         reason = f"The headers of the series cannot be read ({type(error).__name__})."
-        return [], [ReadError(source, reason)]
+        return [], [ReadError(source, reason)], frame_of_reference
     records, errors = [], []
     for index, volume in enumerate(volumes):
         try:
@@ -185,7 +201,7 @@ def read_series(paths: Sequence[Path], source: str, limits: ReadLimits) -> tuple
         record, refused = _with_overlays(record, volume)
         records.append(record)
         errors += refused
-    return records, errors
+    return records, errors, frame_of_reference
 
 
 def _unpacked(dataset: Dataset, source: str) -> list[Dataset]:
