@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
+from pydicom.errors import BytesLengthException, InvalidDicomError
 
 from omnimri.models.scan import Scan
 
@@ -107,6 +108,7 @@ def quiet_libraries() -> Iterator[None]:
 UNREADABLE = (
     ValueError, TypeError, KeyError, IndexError, AttributeError, LookupError, ArithmeticError, RuntimeError,
     OSError, EOFError, MemoryError, AssertionError, struct.error, zlib.error, zipfile.BadZipFile, sqlite3.Error,
+    BytesLengthException, InvalidDicomError,
 )  # fmt: skip
 """What pydicom, highdicom (by way of SQLite), nibabel, h5py and ismrmrd raise on files that are broken in some way.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,14 @@ from omnimri.platform.data.readers import group, probe_files, read_path
 from omnimri.platform.data.records import ReadLimits
 from omnimri.platform.data.sources import open_sources
 from omnimri.platform.data.writer import PlannedItem, write_shard
-from tests.platform.intake_fakes import dicom_slices, random_image, rescalable, save_dicom, save_nifti
+from tests.platform.intake_fakes import (
+    dicom_slices,
+    enhanced_object,
+    random_image,
+    rescalable,
+    save_dicom,
+    save_nifti,
+)
 from tests.platform.label_fakes import PATIENT, save_rtstruct, save_seg, turned_affine
 
 SHAPE = (5, 8, 6)
@@ -97,6 +105,28 @@ def test_all_echoes_on_one_grid_get_the_labels(tmp_path: Path) -> None:
     records, errors = read_path(tmp_path)
     assert errors == []
     assert [record.label_names for record in records] == [{1: "liver"}] * 2
+
+
+def test_series_and_segmentation_in_a_zip(tmp_path: Path) -> None:
+    slices, _ = _series(tmp_path / "in")
+    save_seg(tmp_path / "in" / "seg.dcm", slices, (_labels() > 0)[..., None].astype(np.uint8), ["liver"])
+    shutil.make_archive(str(tmp_path / "study"), "zip", tmp_path / "in")
+    [record], errors = read_path(tmp_path / "study.zip")
+    assert errors == []
+    assert record.label_names == {1: "liver"}
+
+
+@pytest.mark.parametrize("axes", ["LPS", "ASL"])
+def test_labels_of_an_enhanced_object(tmp_path: Path, axes: str) -> None:
+    affine, labels = turned_affine(axes, SHAPE), _labels()
+    slices = dicom_slices(rescalable(random_image(0, SHAPE)), affine, **PATIENT)
+    enhanced = enhanced_object(slices)
+    enhanced.save_as(tmp_path / "enhanced.dcm", enforce_file_format=True)
+    frames = np.argsort([dataset.InstanceNumber for dataset in slices])
+    save_seg(tmp_path / "seg.dcm", [enhanced], (labels == 1)[frames, ..., None].astype(np.uint8), ["liver"])
+    [record], errors = read_path(tmp_path)
+    assert errors == []
+    np.testing.assert_array_equal(record.label_map, _as_read((labels == 1).astype(np.uint8), affine))
 
 
 @pytest.mark.parametrize("axes", ORIENTATIONS)

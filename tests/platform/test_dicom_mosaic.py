@@ -12,8 +12,7 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
 from omnimri.platform.data.readers import read_path
-from tests.platform.intake_fakes import dicom_slices, oblique_affine, random_image
-from tests.platform.test_orientation import assert_same_voxels
+from tests.platform.intake_fakes import assert_same_voxels, dicom_slices, oblique_affine, random_image
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 """dcm2niix's own conversions (github.com/neurolabusc/dcm_qa_nih and dcm_qa_sag), where they are present."""

@@ -11,9 +11,16 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from omnimri.models.scan import Scan
 from omnimri.platform.data.readers import read_path
-from tests.platform.intake_fakes import dicom_slices, oblique_affine, random_image, rescalable, save_dicom, save_nifti
+from tests.platform.intake_fakes import (
+    assert_same_voxels,
+    dicom_slices,
+    oblique_affine,
+    random_image,
+    rescalable,
+    save_dicom,
+    save_nifti,
+)
 
 SHAPE = (4, 6, 5)
 
@@ -36,15 +43,6 @@ def _affine(axes: str) -> np.ndarray:
             spacing_mm if letter in "RAS" else -spacing_mm
         )
     return affine
-
-
-def assert_same_voxels(scan: Scan, reference: nib.Nifti1Image) -> None:
-    """The same value at the same place, up to the order in which the axes are stored."""
-    transform = nib.orientations.io_orientation(np.linalg.inv(reference.affine) @ scan.affine)
-    turned = nib.orientations.apply_orientation(scan.image.transpose(2, 1, 0), transform)
-    affine = scan.affine @ nib.orientations.inv_ornt_aff(transform, scan.image.shape[::-1])
-    np.testing.assert_allclose(affine, reference.affine, atol=1e-3)
-    np.testing.assert_allclose(turned, reference.get_fdata(dtype=np.float32), rtol=1e-6)
 
 
 @pytest.mark.parametrize("axes", [*AXES, "oblique"])
