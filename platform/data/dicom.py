@@ -1,4 +1,4 @@
-"""DICOM: which instances are volumes of magnitude images, and reading a series of them.
+"""DICOM: finding the instances of a series and reading its volumes of magnitude images.
 
 Mosaics are unpacked first (`dicom_mosaic`). Labels come from overlays (`dicom_overlays`) and from segmentations and
 structure sets that refer to the series (`dicom_labels`). Geometry comes from highdicom. A series is sorted by position
@@ -9,7 +9,6 @@ become several volumes.
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,13 +18,13 @@ import highdicom
 import numpy as np
 import pydicom
 from pydicom.dataset import Dataset
-from pydicom.pixels import get_decoder
 from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian
 
 from omnimri.models.scan import Scan
 from omnimri.platform.data import dicom_labels, dicom_mosaic
 from omnimri.platform.data.dicom_labels import LPS_TO_RAS
 from omnimri.platform.data.dicom_overlays import overlay_labels
+from omnimri.platform.data.dicom_refusals import ENHANCED_MR_IMAGE, TRUNCATED, refusal, slice_normal, why_unreadable
 from omnimri.platform.data.facts import dicom_facts
 from omnimri.platform.data.records import (
     UNREADABLE,
@@ -36,20 +35,7 @@ from omnimri.platform.data.records import (
     quiet_libraries,
 )  # fmt: skip
 
-MR_IMAGE = "1.2.840.10008.5.1.4.1.1.4"
-ENHANCED_MR_IMAGE = "1.2.840.10008.5.1.4.1.1.4.1"
 _DEFLATED = b"1.2.840.10008.1.2.1.99"
-
-_MAPS = frozenset(
-    {
-        "ADC", "EADC", "FA", "TENSOR", "TTP", "RCBV", "RCBF", "CBF", "CBV", "MTT", "PBP", "TMAX", "T1 MAP", "T2 MAP",
-        "T2* MAP", "R2 MAP", "R2* MAP", "B0 MAP", "B1 MAP", "T1_MAP", "T2_MAP", "T2_STAR_MAP", "R2_MAP", "B0_MAP",
-        "FIELDMAP", "SUBTRACT", "SUBTRACTION", "PROJECTION IMAGE", "MIP", "MINIP", "MAX_IP", "MIN_IP",
-    }
-)  # fmt: skip
-"""Image Type values of maps and projections, whose intensities are not those of an acquired contrast."""
-
-_NOT_MAGNITUDE = frozenset({"P", "PHASE", "PHASE MAP", "R", "REAL", "I", "IMAGINARY"})
 
 _POSITION_TOLERANCE_MM = 0.01
 _SPACING_TOLERANCE = 0.05
@@ -57,8 +43,6 @@ _SPACING_TOLERANCE = 0.05
 _ORIENTATION_TOLERANCE = 1e-3
 _LOCALISER_COSINE = 0.7
 """Stacks of one series whose normals are further apart than 45 degrees are a three-plane localiser."""
-
-_TRUNCATED = ("The pixel data is too short: a truncated file.", "Transfer the file again.")
 
 PROBE_TAGS = [
     "SOPClassUID", "SOPInstanceUID", "Modality", "ImageType", "SeriesDescription", "BurnedInAnnotation", "Rows",
@@ -100,11 +84,11 @@ def probe(stream: BinaryIO, source: str, num_bytes: int) -> Dataset:
         raise ReadError(source, "Not a readable DICOM file.", "Export it again.") from error
     if not is_dicom:
         raise ReadError(source, "Not a DICOM image: no SOP class or series in its header.", "Export it again.")
-    refusal = None if dicom_labels.is_label_object(header) else _refusal(header)
-    if refusal:
-        raise ReadError(source, *refusal)
+    reason = None if dicom_labels.is_label_object(header) else refusal(header)
+    if reason:
+        raise ReadError(source, *reason)
     if not _is_compressed(header) and num_pixel_bytes < _pixel_bytes(header):
-        raise ReadError(source, *_TRUNCATED)
+        raise ReadError(source, *TRUNCATED)
     return header
 
 
@@ -118,30 +102,6 @@ def _pixel_bytes(header: Dataset) -> int:
     counts = [int(header.get(name) or 1) for name in ("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel")]
     has_pixels = header.get("Rows") is not None
     return int(np.prod(counts)) * int(header.get("BitsAllocated") or 8) // 8 if has_pixels else 0
-
-
-def _refusal(header: Dataset) -> tuple[str, str] | None:
-    """Why an instance is not a magnitude image of an MR acquisition, and what to do; None if it is one."""
-    modality = re.sub(r"[^A-Z]", "", str(header.get("Modality") or "").upper())[:16]
-    image_type = [str(value).upper() for value in header.get("ImageType") or []]
-    description = str(header.get("SeriesDescription") or "").lower()
-    if modality != "MR":
-        return f"Modality {modality or 'is missing'}, expected MR.", "Only MR is read."
-    if header.SOPClassUID not in (MR_IMAGE, ENHANCED_MR_IMAGE):
-        return f"Not an MR image but {pydicom.uid.UID(header.SOPClassUID).name}.", "Leave it out."
-    if not header.get("Rows"):
-        return "The MR object holds no image.", "Leave it out."
-    if str(header.get("PhotometricInterpretation", "")) not in ("MONOCHROME1", "MONOCHROME2"):
-        return "A colour image, not a measured one.", "Leave it out."
-    if str(header.get("BurnedInAnnotation", "")).upper() == "YES":
-        return "Text is burned into the pixels and may identify the patient.", "Clean the pixels first."
-    if "LOCALIZER" in image_type or re.search(r"localis|localiz|\bscout|survey|3.?plane|\bloc\b", description):
-        return "A localiser.", "Nothing to do: localisers are left out."
-    if _MAPS & set(image_type):
-        return "A derived map or projection, not an acquired contrast.", "Nothing to do: maps are left out."
-    if _NOT_MAGNITUDE & set(image_type[2:4]):
-        return "A phase, real or imaginary image, not a magnitude.", "Nothing to do: only magnitudes are read."
-    return None
 
 
 def keys(header: Dataset) -> tuple[str, str, str]:
@@ -214,7 +174,7 @@ def _unpacked(dataset: Dataset, source: str) -> list[Dataset]:
     except ReadError:
         raise
     except UNREADABLE as error:
-        raise ReadError(source, *_why_unreadable(error, [dataset])) from error
+        raise ReadError(source, *why_unreadable(error, [dataset])) from error
 
 
 def _check_geometry(dataset: Dataset, source: str) -> None:
@@ -257,21 +217,15 @@ def _stacks(datasets: Sequence[Dataset], source: str) -> list[list[Dataset]]:
         orientation = tuple(round(float(v), 3) + 0.0 for v in dataset.ImageOrientationPatient)
         spacing = tuple(round(float(v), 4) for v in dataset.PixelSpacing)
         stacks[(int(dataset.Rows), int(dataset.Columns), *orientation, *spacing)].append(dataset)
-    normals = [_normal(stack[0]) for stack in stacks.values() if stack[0].SOPClassUID != ENHANCED_MR_IMAGE]
+    normals = [slice_normal(stack[0]) for stack in stacks.values() if stack[0].SOPClassUID != ENHANCED_MR_IMAGE]
     if any(abs(a @ b) < _LOCALISER_COSINE for a in normals for b in normals):
         raise ReadError(source, "A localiser: slices in several orientations.", "Nothing to do: they are left out.")
     return [stacks[key] for key in sorted(stacks)]
 
 
-def _normal(dataset: Dataset) -> np.ndarray:
-    """Unit slice normal in LPS: row direction times column direction."""
-    orientation = np.array(dataset.ImageOrientationPatient, dtype=float)
-    return np.cross(orientation[:3], orientation[3:])
-
-
 def _position_indices(stack: list[Dataset]) -> list[int]:
     """Which of the distinct positions along the normal each instance has."""
-    normal = _normal(stack[0])
+    normal = slice_normal(stack[0])
     offsets = np.array([normal @ np.array(d.ImagePositionPatient, dtype=float) for d in stack])
     order = np.argsort(offsets, kind="stable")
     steps = np.diff(offsets[order], prepend=offsets[order[0]]) > _POSITION_TOLERANCE_MM
@@ -345,7 +299,7 @@ def _record(volume: list[Dataset], source: str, index: int, num_volumes: int) ->
     try:
         geometry = _enhanced_volume(volume[0]) if enhanced else _classic_volume(volume)
     except UNREADABLE as error:
-        raise ReadError(source, *_why_unreadable(error, volume)) from error
+        raise ReadError(source, *why_unreadable(error, volume)) from error
     image, affine = _to_scan_axes(geometry.array, geometry.affine)
     header = _flat_header(volume[0]) if enhanced else volume[0]
     patient, study, series = keys(volume[0])
@@ -384,45 +338,6 @@ def _make_little_endian(dataset: Dataset) -> None:
         pixels = dataset.pixel_array
         dataset.PixelData = pixels.astype(pixels.dtype.newbyteorder("<")).tobytes()
         dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-
-
-def _why_unreadable(error: BaseException, volume: list[Dataset]) -> tuple[str, str]:
-    """Reason and hint for a volume that highdicom or a pixel decoder refused; library texts are matched, not quoted."""
-    text = str(error).lower()
-    if "less than expected" in text or "end of" in text or isinstance(error, EOFError):
-        return _TRUNCATED
-    if "regularly" in text:
-        return _uneven_spacing(volume), "Export the whole series."
-    if "unable to decompress" in text or "decoder" in text or "plugin" in text:
-        return _why_undecodable(str(volume[0].file_meta.get("TransferSyntaxUID", "")))
-    if volume[0].SOPClassUID == ENHANCED_MR_IMAGE:
-        return "The frames of the enhanced multi-frame object do not form one volume.", "Convert it with dcm2niix."
-    if "frame of reference" in text or "orientation" in text or "spacing" in text:
-        return "The slices do not share one orientation, spacing and frame of reference.", "Split the series."
-    return f"The series cannot be made a volume ({type(error).__name__}).", "Convert it with dcm2niix."
-
-
-def _why_undecodable(syntax: str) -> tuple[str, str]:
-    """Reason and hint for compressed pixels: which plugin is missing, if it is that."""
-    try:
-        decoder = get_decoder(syntax)
-    except NotImplementedError:
-        return "The pixel data is compressed in a way that pydicom does not know.", "Decompress it first."
-    if decoder.is_available:
-        return "The compressed pixel data cannot be decoded.", "Decompress it, for example with dcmdjpeg of dcmtk."
-    plugins = "; ".join(decoder.missing_dependencies)
-    return (
-        f"No decoder for {decoder.UID.name} is installed.",
-        f"Install a plugin of pydicom ({plugins}) or decompress it.",
-    )
-
-
-def _uneven_spacing(volume: list[Dataset]) -> str:
-    if volume[0].SOPClassUID == ENHANCED_MR_IMAGE:
-        return "The frames are not evenly spaced, or several lie at one position."
-    normal = _normal(volume[0])
-    gaps = np.diff(sorted(normal @ np.array(d.ImagePositionPatient, dtype=float) for d in volume))
-    return f"Slices are {gaps.min():.2f} to {gaps.max():.2f} mm apart, expected even gaps: slices are missing."
 
 
 def _to_scan_axes(array: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
