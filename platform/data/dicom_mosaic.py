@@ -35,7 +35,7 @@ def is_mosaic(dataset: Dataset) -> bool:
 
 
 def unpack(mosaic: Dataset, source: str) -> list[Dataset]:
-    """One single-slice instance per tile, in the order of acquisition space, with its own position.
+    """One single-slice instance per tile, in the order of the tiles, each with its own position.
 
     Args:
         mosaic: An instance with geometry; what is not pixel data, overlay or private vendor header goes to every slice.
