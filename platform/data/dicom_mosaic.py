@@ -90,9 +90,13 @@ def _first_position_and_step(mosaic: Dataset, csa: dict, side: int, source: str)
     spacing_mm = float(mosaic.get("SpacingBetweenSlices") or mosaic.get("SliceThickness") or 0.0)
     if spacing_mm <= 0:
         raise ReadError(source, "A Siemens mosaic without distance between its slices.", "Export it with geometry.")
-    normal = np.cross(row, column)
     stated = csareader.get_slice_normal(csa) if csa else None
-    cosine = 1.0 if stated is None else float(normal @ np.array(stated, dtype=float))
+    if stated is None:
+        # The sagittal mosaics of dcm_qa_sag run against row x column, the axial ones of dcm_qa_nih along it: a guess
+        # could swap left and right.
+        raise ReadError(source, "A Siemens mosaic without the private header that orders its slices.", _HINT)
+    normal = np.cross(row, column)
+    cosine = float(normal @ np.array(stated, dtype=float))
     if abs(cosine) < _PARALLEL:
         raise ReadError(source, "The two slice normals of a Siemens mosaic contradict each other.", _HINT)
     return first, math.copysign(spacing_mm, cosine) * normal

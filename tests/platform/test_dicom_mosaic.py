@@ -39,7 +39,7 @@ def _csa_header(tags: dict[str, list[str]]) -> bytes:
 
 
 def _mosaic(
-    image: np.ndarray, affine: np.ndarray, time: int = 1, *, csa: bool = True, flipped: bool = False
+    image: np.ndarray, affine: np.ndarray, time: int = 1, *, number_in_csa: bool = True, flipped: bool = False
 ) -> Dataset:
     """One mosaic of an image `(Z, Y, X)`; `flipped` lets the private header reverse the order of slices."""
     first = dicom_slices(image, affine)[-1 if flipped else 0]
@@ -65,11 +65,12 @@ def _mosaic(
     mosaic.Rows, mosaic.Columns = plane.shape
     mosaic.PixelData = plane.tobytes()
     normal = np.cross(orientation[:3], orientation[3:]) * (-1 if flipped else 1)
-    if csa:
-        tags = {"NumberOfImagesInMosaic": [str(num_slices)], "SliceNormalVector": [f"{v:.8f}" for v in normal]}
-        mosaic.private_block(0x0029, "SIEMENS CSA HEADER", create=True).add_new(0x10, "OB", _csa_header(tags))
+    tags = {"SliceNormalVector": [f"{v:.8f}" for v in normal]}
+    if number_in_csa:
+        tags["NumberOfImagesInMosaic"] = [str(num_slices)]
     else:
         mosaic.private_block(0x0019, "SIEMENS MR HEADER", create=True).add_new(0x0A, "US", num_slices)
+    mosaic.private_block(0x0029, "SIEMENS CSA HEADER", create=True).add_new(0x10, "OB", _csa_header(tags))
     return mosaic
 
 
@@ -89,11 +90,11 @@ def test_mosaics_equal_dcm2niix(folder: str, reference: str) -> None:
         assert_same_voxels(record.scan, expected.slicer[..., volume])
 
 
-@pytest.mark.parametrize(("csa", "flipped"), [(True, False), (True, True), (False, False)])
-def test_volumes_of_a_mosaic_series_come_back(tmp_path: Path, csa: bool, flipped: bool) -> None:
+@pytest.mark.parametrize(("number_in_csa", "flipped"), [(True, False), (True, True), (False, False)])
+def test_volumes_of_a_mosaic_series_come_back(tmp_path: Path, number_in_csa: bool, flipped: bool) -> None:
     images, affine = [random_image(seed, SHAPE) for seed in (0, 1, 2)], oblique_affine()
     for time, image in enumerate(images, start=1):
-        _save(_mosaic(image, affine, time, csa=csa, flipped=flipped), tmp_path)
+        _save(_mosaic(image, affine, time, number_in_csa=number_in_csa, flipped=flipped), tmp_path)
     records, errors = read_path(tmp_path)
     assert errors == []
     for record, image in zip(records, images, strict=True):
@@ -111,8 +112,17 @@ def test_a_mosaic_without_its_private_headers_is_refused(tmp_path: Path) -> None
     assert "dcm2niix" in error.hint
 
 
+def test_the_order_of_slices_is_never_guessed(tmp_path: Path) -> None:
+    mosaic = _mosaic(random_image(6, SHAPE), oblique_affine(), number_in_csa=False)
+    del mosaic[0x0029, 0x1010]
+    _save(mosaic, tmp_path)
+    records, [error] = read_path(tmp_path)
+    assert records == []
+    assert error.reason == "A Siemens mosaic without the private header that orders its slices."
+
+
 def test_a_mosaic_that_does_not_divide_is_refused(tmp_path: Path) -> None:
-    mosaic = _mosaic(random_image(4, SHAPE), oblique_affine(), csa=False)
+    mosaic = _mosaic(random_image(4, SHAPE), oblique_affine(), number_in_csa=False)
     mosaic.private_block(0x0019, "SIEMENS MR HEADER")[0x0A].value = 50
     _save(mosaic, tmp_path)
     records, [error] = read_path(tmp_path)
