@@ -1,14 +1,16 @@
-"""DICOM: which instances are volumes of magnitude images, and reading a series of them.
+"""DICOM: finding the instances of a series and reading its volumes of magnitude images.
 
-Geometry comes from highdicom. A series is sorted by position along the slice normal, never by Instance Number; the
-rescale is applied slice by slice; several images at one position become several volumes.
+Mosaics are unpacked first (`dicom_mosaic`). Labels come from overlays (`dicom_overlays`) and from segmentations and
+structure sets that refer to the series (`dicom_labels`). Geometry comes from highdicom. A series is sorted by position
+along the slice normal, never by Instance Number; the rescale is applied slice by slice; several images at one position
+become several volumes.
 """
 
 from __future__ import annotations
 
-import re
+import dataclasses
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,9 +18,14 @@ import highdicom
 import numpy as np
 import pydicom
 from pydicom.dataset import Dataset
+from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian
 
 from omnimri.models.scan import Scan
+from omnimri.platform.data import dicom_labels, dicom_mosaic
 from omnimri.platform.data.deid import header_identifiers
+from omnimri.platform.data.dicom_labels import LPS_TO_RAS
+from omnimri.platform.data.dicom_overlays import overlay_labels
+from omnimri.platform.data.dicom_refusals import ENHANCED_MR_IMAGE, TRUNCATED, refusal, slice_normal, why_unreadable
 from omnimri.platform.data.facts import dicom_facts
 from omnimri.platform.data.records import (
     UNREADABLE,
@@ -29,22 +36,7 @@ from omnimri.platform.data.records import (
     quiet_libraries,
 )  # fmt: skip
 
-MR_IMAGE = "1.2.840.10008.5.1.4.1.1.4"
-ENHANCED_MR_IMAGE = "1.2.840.10008.5.1.4.1.1.4.1"
 _DEFLATED = b"1.2.840.10008.1.2.1.99"
-
-LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
-
-_MAPS = frozenset(
-    {
-        "ADC", "EADC", "FA", "TENSOR", "TTP", "RCBV", "RCBF", "CBF", "CBV", "MTT", "PBP", "TMAX", "T1 MAP", "T2 MAP",
-        "T2* MAP", "R2 MAP", "R2* MAP", "B0 MAP", "B1 MAP", "T1_MAP", "T2_MAP", "T2_STAR_MAP", "R2_MAP", "B0_MAP",
-        "FIELDMAP", "SUBTRACT", "SUBTRACTION", "PROJECTION IMAGE", "MIP", "MINIP", "MAX_IP", "MIN_IP",
-    }
-)  # fmt: skip
-"""Image Type values of maps and projections, whose intensities are not those of an acquired contrast."""
-
-_NOT_MAGNITUDE = frozenset({"P", "PHASE", "PHASE MAP", "R", "REAL", "I", "IMAGINARY"})
 
 _POSITION_TOLERANCE_MM = 0.01
 _SPACING_TOLERANCE = 0.05
@@ -53,11 +45,10 @@ _ORIENTATION_TOLERANCE = 1e-3
 _LOCALISER_COSINE = 0.7
 """Stacks of one series whose normals are further apart than 45 degrees are a three-plane localiser."""
 
-_TRUNCATED = ("The pixel data is too short: a truncated file.", "Transfer the file again.")
-
 PROBE_TAGS = [
     "SOPClassUID", "SOPInstanceUID", "Modality", "ImageType", "SeriesDescription", "BurnedInAnnotation", "Rows",
-    "PatientID", "StudyInstanceUID", "SeriesInstanceUID", "PhotometricInterpretation", "NumberOfFrames",
+    "PatientID", "StudyInstanceUID", "SeriesInstanceUID", "PhotometricInterpretation", "NumberOfFrames", "Columns",
+    "SamplesPerPixel", "BitsAllocated", *dicom_labels.REFERENCE_TAGS,
 ]  # fmt: skip
 
 _SPLIT_KEYS: tuple[Callable[[Dataset], Any], ...] = (
@@ -80,7 +71,7 @@ def probe(stream: BinaryIO, source: str, num_bytes: int) -> Dataset:
     """Read the few header values that decide what an instance is; pixels stay on disk.
 
     Raises:
-        ReadError: If this is no DICOM, or not a magnitude image of MR, with the reason.
+        ReadError: If this is no DICOM, or neither a magnitude image of MR nor labels on one, with the reason.
     """
     if _DEFLATED in stream.read(1024):
         raise ReadError(source, "The DICOM object is deflated as a whole, which bounds nothing.", "Inflate it first.")
@@ -94,11 +85,11 @@ def probe(stream: BinaryIO, source: str, num_bytes: int) -> Dataset:
         raise ReadError(source, "Not a readable DICOM file.", "Export it again.") from error
     if not is_dicom:
         raise ReadError(source, "Not a DICOM image: no SOP class or series in its header.", "Export it again.")
-    refusal = _refusal(header)
-    if refusal:
-        raise ReadError(source, *refusal)
+    reason = None if dicom_labels.is_label_object(header) else refusal(header)
+    if reason:
+        raise ReadError(source, *reason)
     if not _is_compressed(header) and num_pixel_bytes < _pixel_bytes(header):
-        raise ReadError(source, *_TRUNCATED)
+        raise ReadError(source, *TRUNCATED)
     return header
 
 
@@ -110,33 +101,8 @@ def _is_compressed(header: Dataset) -> bool:
 def _pixel_bytes(header: Dataset) -> int:
     """Bytes that uncompressed pixels take."""
     counts = [int(header.get(name) or 1) for name in ("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel")]
-    return int(np.prod(counts)) * int(header.get("BitsAllocated") or 8) // 8
-
-
-def _refusal(header: Dataset) -> tuple[str, str] | None:
-    """Why an instance is not a magnitude image of an MR acquisition, and what to do; None if it is one."""
-    modality = re.sub(r"[^A-Z]", "", str(header.get("Modality") or "").upper())[:16]
-    image_type = [str(value).upper() for value in header.get("ImageType") or []]
-    description = str(header.get("SeriesDescription") or "").lower()
-    if modality != "MR":
-        return f"Modality {modality or 'is missing'}, expected MR.", "Only MR is read."
-    if header.SOPClassUID not in (MR_IMAGE, ENHANCED_MR_IMAGE):
-        return f"Not an MR image but {pydicom.uid.UID(header.SOPClassUID).name}.", "Leave it out."
-    if not header.get("Rows"):
-        return "The MR object holds no image.", "Leave it out."
-    if str(header.get("PhotometricInterpretation", "")) not in ("MONOCHROME1", "MONOCHROME2"):
-        return "A colour image, not a measured one.", "Leave it out."
-    if str(header.get("BurnedInAnnotation", "")).upper() == "YES":
-        return "Text is burned into the pixels and may identify the patient.", "Clean the pixels first."
-    if "MOSAIC" in image_type:
-        return "A Siemens mosaic, which is not unpacked yet.", "Convert it with dcm2niix and ingest the NIfTI."
-    if "LOCALIZER" in image_type or re.search(r"localis|localiz|\bscout|survey|3.?plane|\bloc\b", description):
-        return "A localiser.", "Nothing to do: localisers are left out."
-    if _MAPS & set(image_type):
-        return "A derived map or projection, not an acquired contrast.", "Nothing to do: maps are left out."
-    if _NOT_MAGNITUDE & set(image_type[2:4]):
-        return "A phase, real or imaginary image, not a magnitude.", "Nothing to do: only magnitudes are read."
-    return None
+    has_pixels = header.get("Rows") is not None
+    return int(np.prod(counts)) * int(header.get("BitsAllocated") or 8) // 8 if has_pixels else 0
 
 
 def keys(header: Dataset) -> tuple[str, str, str]:
@@ -146,35 +112,94 @@ def keys(header: Dataset) -> tuple[str, str, str]:
     return str(header.get("PatientID") or "") or study or series, study, series
 
 
-def read_series(paths: Sequence[Path], source: str, limits: ReadLimits) -> tuple[list[SeriesRecord], list[ReadError]]:
-    """Read the instances of one series, given in any order.
+def read_series(
+    paths: Sequence[Path], source: str, limits: ReadLimits, label_paths: Mapping[str, Path] | None = None
+) -> tuple[list[SeriesRecord], list[ReadError]]:
+    """Read the instances of one series, given in any order, and the labels on it.
 
     Args:
         paths: Files of one Series Instance UID.
         source: Name of the series in records and errors.
         limits: Bounds on sizes.
+        label_paths: Segmentations and structure sets that refer to the series, by their names in errors.
 
     Returns:
         One record per volume, ordered by stack and then by what tells the volumes apart, and what was refused.
     """
+    records, errors, frame_of_reference = _read_volumes(paths, source, limits)
+    if label_paths:
+        records, refused = dicom_labels.attach(records, label_paths, frame_of_reference, limits)
+        errors += refused
+    return records, errors
+
+
+def _read_volumes(
+    paths: Sequence[Path], source: str, limits: ReadLimits
+) -> tuple[list[SeriesRecord], list[ReadError], str]:
+    """Volumes with their overlays, what was refused, and the UID of the frame of reference."""
+    frame_of_reference = ""
     try:
         with quiet_libraries():
             datasets = [pydicom.dcmread(path, force=True) for path in paths]
             for dataset in datasets:
                 _check_size(dataset, source, limits)
-            volumes = [volume for stack in _stacks(datasets, source) for volume in _split(stack, source)]
+            frame_of_reference = str(datasets[0].get("FrameOfReferenceUID") or "")
+            instances = [instance for dataset in datasets for instance in _unpacked(dataset, source)]
+            volumes = [volume for stack in _stacks(instances, source) for volume in _split(stack, source)]
     except ReadError as error:
-        return [], [error]
+        return [], [error], frame_of_reference
     except UNREADABLE as error:
-        return [], [ReadError(source, f"The headers of the series cannot be read ({type(error).__name__}).")]
+        reason = f"The headers of the series cannot be read ({type(error).__name__})."
+        return [], [ReadError(source, reason)], frame_of_reference
     records, errors = [], []
     for index, volume in enumerate(volumes):
         try:
             with quiet_libraries():
-                records.append(_record(volume, source, index, len(volumes)))
+                record = _record(volume, source, index, len(volumes))
         except ReadError as error:
             errors.append(error)
-    return records, errors
+            continue
+        record, refused = _with_overlays(record, volume)
+        records.append(record)
+        errors += refused
+    return records, errors, frame_of_reference
+
+
+def _unpacked(dataset: Dataset, source: str) -> list[Dataset]:
+    """The slices of a mosaic; any other instance as it is."""
+    if not dicom_mosaic.is_mosaic(dataset) or dataset.SOPClassUID == ENHANCED_MR_IMAGE:
+        return [dataset]
+    _check_geometry(dataset, source)
+    try:
+        return dicom_mosaic.unpack(dataset, source)
+    except ReadError:
+        raise
+    except UNREADABLE as error:
+        raise ReadError(source, *why_unreadable(error, [dataset])) from error
+
+
+def _check_geometry(dataset: Dataset, source: str) -> None:
+    if not all(dataset.get(name) for name in ("ImageOrientationPatient", "ImagePositionPatient", "PixelSpacing")):
+        raise ReadError(
+            source, "Image Position, Image Orientation or Pixel Spacing is missing.", "Export it with geometry."
+        )
+
+
+def _with_overlays(record: SeriesRecord, volume: list[Dataset]) -> tuple[SeriesRecord, list[ReadError]]:
+    """The record with what was drawn on its slices, or the reason why that is left out."""
+    if volume[0].SOPClassUID == ENHANCED_MR_IMAGE:
+        return record, []
+    try:
+        with quiet_libraries():
+            labels = overlay_labels(volume, record.scan, record.source)
+    except ReadError as error:
+        return record, [error]
+    except UNREADABLE as error:
+        reason = f"The overlays of the series cannot be read ({type(error).__name__})."
+        return record, [ReadError(record.source, reason, "The volume was kept.")]
+    if labels is None:
+        return record, []
+    return dataclasses.replace(record, label_map=labels.label_map, label_names=labels.names), []
 
 
 def _check_size(dataset: Dataset, source: str, limits: ReadLimits) -> None:
@@ -189,28 +214,19 @@ def _stacks(datasets: Sequence[Dataset], source: str) -> list[list[Dataset]]:
         if dataset.SOPClassUID == ENHANCED_MR_IMAGE:
             stacks[(index,)].append(dataset)
             continue
-        if not all(dataset.get(name) for name in ("ImageOrientationPatient", "ImagePositionPatient", "PixelSpacing")):
-            raise ReadError(
-                source, "Image Position, Image Orientation or Pixel Spacing is missing.", "Export it with geometry."
-            )
+        _check_geometry(dataset, source)
         orientation = tuple(round(float(v), 3) + 0.0 for v in dataset.ImageOrientationPatient)
         spacing = tuple(round(float(v), 4) for v in dataset.PixelSpacing)
         stacks[(int(dataset.Rows), int(dataset.Columns), *orientation, *spacing)].append(dataset)
-    normals = [_normal(stack[0]) for stack in stacks.values() if stack[0].SOPClassUID != ENHANCED_MR_IMAGE]
+    normals = [slice_normal(stack[0]) for stack in stacks.values() if stack[0].SOPClassUID != ENHANCED_MR_IMAGE]
     if any(abs(a @ b) < _LOCALISER_COSINE for a in normals for b in normals):
         raise ReadError(source, "A localiser: slices in several orientations.", "Nothing to do: they are left out.")
     return [stacks[key] for key in sorted(stacks)]
 
 
-def _normal(dataset: Dataset) -> np.ndarray:
-    """Unit slice normal in LPS: row direction times column direction."""
-    orientation = np.array(dataset.ImageOrientationPatient, dtype=float)
-    return np.cross(orientation[:3], orientation[3:])
-
-
 def _position_indices(stack: list[Dataset]) -> list[int]:
     """Which of the distinct positions along the normal each instance has."""
-    normal = _normal(stack[0])
+    normal = slice_normal(stack[0])
     offsets = np.array([normal @ np.array(d.ImagePositionPatient, dtype=float) for d in stack])
     order = np.argsort(offsets, kind="stable")
     steps = np.diff(offsets[order], prepend=offsets[order[0]]) > _POSITION_TOLERANCE_MM
@@ -284,7 +300,7 @@ def _record(volume: list[Dataset], source: str, index: int, num_volumes: int) ->
     try:
         geometry = _enhanced_volume(volume[0]) if enhanced else _classic_volume(volume)
     except UNREADABLE as error:
-        raise ReadError(source, *_why_unreadable(error, volume)) from error
+        raise ReadError(source, *why_unreadable(error, volume)) from error
     image, affine = _to_scan_axes(geometry.array, geometry.affine)
     header = _flat_header(volume[0]) if enhanced else volume[0]
     patient, study, series = keys(volume[0])
@@ -312,32 +328,17 @@ def _classic_volume(volume: list[Dataset]) -> highdicom.Volume:
 
 
 def _enhanced_volume(dataset: Dataset) -> highdicom.Volume:
+    _make_little_endian(dataset)
     image = highdicom.Image.from_dataset(dataset, copy=False)
     return image.get_volume(dtype=np.float32, apply_real_world_transform=False, rtol=_SPACING_TOLERANCE)
 
 
-def _why_unreadable(error: BaseException, volume: list[Dataset]) -> tuple[str, str]:
-    """Reason and hint for a volume that highdicom or a pixel decoder refused; library texts are matched, not quoted."""
-    text = str(error).lower()
-    if "less than expected" in text or "end of" in text or isinstance(error, EOFError):
-        return _TRUNCATED
-    if "regularly" in text:
-        return _uneven_spacing(volume), "Export the whole series."
-    if "unable to decompress" in text or "decoder" in text or "plugin" in text:
-        return "The compressed pixel data cannot be decoded.", "Decompress it, for example with dcmdjpeg of dcmtk."
-    if volume[0].SOPClassUID == ENHANCED_MR_IMAGE:
-        return "The frames of the enhanced multi-frame object do not form one volume.", "Convert it with dcm2niix."
-    if "frame of reference" in text or "orientation" in text or "spacing" in text:
-        return "The slices do not share one orientation, spacing and frame of reference.", "Split the series."
-    return f"The series cannot be made a volume ({type(error).__name__}).", "Convert it with dcm2niix."
-
-
-def _uneven_spacing(volume: list[Dataset]) -> str:
-    if volume[0].SOPClassUID == ENHANCED_MR_IMAGE:
-        return "The frames are not evenly spaced, or several lie at one position."
-    normal = _normal(volume[0])
-    gaps = np.diff(sorted(normal @ np.array(d.ImagePositionPatient, dtype=float) for d in volume))
-    return f"Slices are {gaps.min():.2f} to {gaps.max():.2f} mm apart, expected even gaps: slices are missing."
+def _make_little_endian(dataset: Dataset) -> None:
+    """Turn the bytes of a big-endian object's pixels, the only values that stay encoded; highdicom refuses it else."""
+    if dataset.file_meta.get("TransferSyntaxUID") == ExplicitVRBigEndian:
+        pixels = dataset.pixel_array
+        dataset.PixelData = pixels.astype(pixels.dtype.newbyteorder("<")).tobytes()
+        dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
 
 
 def _to_scan_axes(array: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

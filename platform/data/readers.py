@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from omnimri.platform.data import dicom, kspace, nifti
+from omnimri.platform.data import dicom, dicom_labels, kspace, nifti
 from omnimri.platform.data.records import UNREADABLE, ReadError, ReadLimits, SeriesRecord
 from omnimri.platform.data.sources import Archive, Folder, Source, open_container, open_sources
 
@@ -38,10 +38,12 @@ class Probe:
     name: str
     """Relative to its container."""
     kind: str
-    """`dicom`, `nifti`, `fastmri`, `ismrmrd`, `auxiliary` or `rejected`."""
+    """`dicom`, `dicom label`, `nifti`, `fastmri`, `ismrmrd`, `auxiliary` or `rejected`."""
     num_bytes: int = 0
     series: str = ""
-    """Files of one kind with the same series belong together."""
+    """Files of one kind with the same series belong together. A label object is a series of its own."""
+    references: tuple[str, ...] = ()
+    """Series that a label object (DICOM segmentation, RT structure set) belongs to."""
     instance: str = ""
     patient: str = ""
     study: str = ""
@@ -62,6 +64,10 @@ class WorkItem:
     """How records and the ledger call it: relative to what the caller named."""
     num_bytes: int
     sidecar: str = ""
+    labels: tuple[str, ...] = ()
+    """DICOM segmentations and RT structure sets that refer to the series, relative to the container."""
+    prefix: str = ""
+    """What the ledger puts before names of the container."""
     patient: str = ""
     study: str = ""
     series: str = ""
@@ -139,6 +145,12 @@ def _identify(container: Folder | Archive, name: str, num_bytes: int) -> Probe:
             header = dicom.probe(stream, name, num_bytes)
         patient, study, series = dicom.keys(header)
         instance = str(header.get("SOPInstanceUID") or name)
+        if dicom_labels.is_label_object(header):
+            references = dicom_labels.references(header)
+            return Probe(
+                name=name, kind="dicom label", num_bytes=num_bytes,
+                series=instance, instance=instance, references=references,
+            )  # fmt: skip
         return Probe(
             name=name, kind="dicom", num_bytes=num_bytes,
             patient=patient, study=study, series=series, instance=instance,
@@ -171,7 +183,7 @@ def group(
     refused: dict[tuple[str, str, str], list[str]] = defaultdict(list)
     for probe in sorted(probes, key=lambda p: p.name):
         folder = PurePosixPath(probe.name).parent.as_posix()
-        if probe.kind in ("dicom", "nifti", "fastmri", "ismrmrd") and probe.name not in label_maps:
+        if probe.kind in ("dicom", "dicom label", "nifti", "fastmri", "ismrmrd") and probe.name not in label_maps:
             members = series[(probe.kind, probe.series)]
             first = members.setdefault(probe.instance or probe.name, probe)
             if first is not probe:
@@ -180,7 +192,18 @@ def group(
                 refused[(folder, "A copy of an instance that is there already.", hint)].append(probe.name)
         elif refusal := _refusal(probe, label_maps, source.named_alone):
             refused[(folder, *refusal)].append(probe.name)
-    items = [_work_item(kind, list(members.values()), source) for (kind, _), members in series.items()]
+    label_objects = [next(iter(m.values())) for (kind, _), m in series.items() if kind == "dicom label"]
+    known = {uid for kind, uid in series if kind == "dicom"}
+    for probe in label_objects:
+        if not known & set(probe.references):
+            folder = PurePosixPath(probe.name).parent.as_posix()
+            reason = "A segmentation or structure set whose series is not among the MR series of this source."
+            refused[(folder, reason, "Put both into one folder or zip.")].append(probe.name)
+    items = [
+        _work_item(kind, list(members.values()), [p for p in label_objects if uid in p.references], source)
+        for (kind, uid), members in series.items()
+        if kind != "dicom label"
+    ]
     errors = [
         ReadError(f"{source.prefix}{files[0]}" + (f" and {len(files) - 1} more" if files[1:] else ""), reason, hint)
         for (_, reason, hint), files in refused.items()
@@ -199,7 +222,7 @@ def _refusal(probe: Probe, label_maps: frozenset[str], named_alone: bool) -> tup
     return None
 
 
-def _work_item(kind: str, members: list[Probe], source: Source) -> WorkItem:
+def _work_item(kind: str, members: list[Probe], labels: list[Probe], source: Source) -> WorkItem:
     files = tuple(member.name for member in members)
     folders = {PurePosixPath(name).parent.as_posix() for name in files}
     # A series that fills a folder is called by the folder.
@@ -210,8 +233,10 @@ def _work_item(kind: str, members: list[Probe], source: Source) -> WorkItem:
         container=str(source.container.path.absolute()),
         names=files,
         source=source.prefix + name,
-        num_bytes=sum(member.num_bytes for member in members),
+        num_bytes=sum(probe.num_bytes for probe in (*members, *labels)),
         sidecar=sidecar if kind == "nifti" and source.container.holds(sidecar) else "",
+        labels=tuple(probe.name for probe in labels),
+        prefix=source.prefix,
         patient=members[0].patient,
         study=members[0].study,
         series=members[0].series,
@@ -222,7 +247,7 @@ def read_item(item: WorkItem, limits: ReadLimits) -> tuple[list[SeriesRecord], l
     """Read the volumes of one series; what a file holds never raises, it is returned as an error."""
     try:
         container = open_container(Path(item.container), limits)
-        with container.local(filter(None, (*item.names, item.sidecar))) as paths:
+        with container.local(filter(None, (*item.names, item.sidecar, *item.labels))) as paths:
             return _read_local(item, paths, limits)
     except ReadError as error:
         return [], [error]
@@ -235,7 +260,8 @@ def _read_local(
 ) -> tuple[list[SeriesRecord], list[ReadError]]:
     first = paths[item.names[0]]
     if item.kind == "dicom":
-        return dicom.read_series([paths[name] for name in item.names], item.source, limits)
+        labels = {item.prefix + name: paths[name] for name in item.labels}
+        return dicom.read_series([paths[name] for name in item.names], item.source, limits, labels)
     if item.kind == "nifti":
         return nifti.read_nifti(first, item.source, limits, paths.get(item.sidecar))
     return kspace.read_kspace(first, item.source, limits)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import sqlite3
 import struct
 import threading
 import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import numpy as np
+from pydicom.errors import BytesLengthException, InvalidDicomError
 
 from omnimri.models.scan import Scan
 
@@ -69,6 +73,10 @@ class SeriesRecord:
     num_volumes: int = 1
     identifiers: tuple[str, ...] = ()
     """What its header says of person, place and day (`deid.header_identifiers`), to be removed from texts about it."""
+    label_map: np.ndarray | None = None
+    """Labels that came with the series (overlays, DICOM segmentations), uint8 `(Z, Y, X)`; None: not annotated."""
+    label_names: dict[int, str] = field(default_factory=dict)
+    """Label value to plain name."""
 
 
 def check_array_bytes(num_bytes: int, source: str, limits: ReadLimits) -> None:
@@ -101,9 +109,10 @@ def quiet_libraries() -> Iterator[None]:
 
 UNREADABLE = (
     ValueError, TypeError, KeyError, IndexError, AttributeError, LookupError, ArithmeticError, RuntimeError,
-    OSError, EOFError, MemoryError, AssertionError, struct.error, zlib.error, zipfile.BadZipFile,
+    OSError, EOFError, MemoryError, AssertionError, struct.error, zlib.error, zipfile.BadZipFile, sqlite3.Error,
+    BytesLengthException, InvalidDicomError,
 )  # fmt: skip
-"""What pydicom, highdicom, nibabel, h5py and ismrmrd raise on files that are broken in one way or another.
+"""What pydicom, highdicom (by way of SQLite), nibabel, h5py and ismrmrd raise on files that are broken in some way.
 
 They promise no common base class; each reader turns these into a `ReadError` at its own border.
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +74,7 @@ def _ages(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
 def _spacings(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     """Volumes by distance between slices."""
     edges = (0.0, *_SPACING_EDGES_MM, float("inf"))
-    bins = zip(edges, edges[1:], strict=False)
-    counted = {(low, high): sum(low < row["spacing_mm"][0] <= high for row in rows) for low, high in bins}
+    counted = {(low, high): sum(low < row["spacing_mm"][0] <= high for row in rows) for low, high in pairwise(edges)}
     return {
         (f"over {low:g}" if high == float("inf") else f"{low:g}-{high:g}"): n for (low, high), n in counted.items() if n
     }

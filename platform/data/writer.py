@@ -24,7 +24,7 @@ from omnimri.platform.data.schema import SCHEMA, SCHEMA_VERSION, pack_array
 from omnimri.platform.data.sources import open_container
 
 INTAKE_VERSION = "intake-2"
-"""Raised when the same file would give other voxels, geometry or facts."""
+"""Raised when the same file would give other voxels, geometry, labels or facts."""
 
 _PSEUDONYMS = ("row_id", "patient_id", "study_id", "series_id")
 _DERIVED = ("quality", "flags", "fingerprint")
@@ -112,9 +112,9 @@ def make_row(
     """The row of one volume, and what of its annotation did not fit."""
     scan = record.scan
     annotation = plan.annotation or Annotation()
-    label_map, boxes, errors = _fitted(annotation, record, plan.item, limits)
+    label_map, label_names, boxes, errors = _fitted(annotation, record, plan.item, limits)
     facts = whitelisted(merge_facts(scan.facts, annotation))
-    measured = image_quality(scan.image, label_map, annotation.label_names)
+    measured = image_quality(scan.image, label_map, label_names)
     row = {
         "schema_version": SCHEMA_VERSION,
         "dataset": plan.dataset,
@@ -132,7 +132,7 @@ def make_row(
         "kspace": pack_array(scan.kspace),
         "mask": pack_array(scan.mask),
         "label_map": pack_array(label_map),
-        "label_names": sorted(annotation.label_names.items()) if label_map is not None else None,
+        "label_names": sorted(label_names.items()) if label_map is not None else None,
         "boxes": boxes,
         "classes": annotation.classes,
         "report": scrub(annotation.report, record.identifiers),
@@ -157,9 +157,12 @@ def face_flags(scan: Scan, measured: Mapping[str, float | None], plan: PlannedIt
 
 def _fitted(
     annotation: Annotation, record: SeriesRecord, item: WorkItem, limits: ReadLimits
-) -> tuple[np.ndarray | None, list[dict[str, Any]] | None, list[ReadError]]:
-    """Label map and boxes of an annotation as far as they fit the volume."""
-    label_map, boxes, errors = None, annotation.boxes, []
+) -> tuple[np.ndarray | None, dict[int, str], list[dict[str, Any]] | None, list[ReadError]]:
+    """Label map with its names, and boxes, as far as they fit the volume.
+
+    A label map that the annotation names wins over what came with the series, which is used where it does not fit.
+    """
+    label_map, label_names, boxes, errors = record.label_map, record.label_names, annotation.boxes, []
     source = record.source
     if annotation.label_map:
         container = open_container(Path(item.container), limits)
@@ -167,6 +170,7 @@ def _fitted(
             try:
                 with container.local([annotation.label_map]) as paths:
                     label_map = load_label_map(paths[annotation.label_map], record.scan, source)
+                    label_names = annotation.label_names
             except ReadError as error:
                 errors.append(error)
         else:
@@ -176,7 +180,7 @@ def _fitted(
     except ValueError as error:
         boxes = None
         errors.append(ReadError(source, str(error), "Correct annotations.json; the volume was kept."))
-    return label_map, boxes, errors
+    return label_map, label_names, boxes, errors
 
 
 def _json(value: dict[str, Any] | None) -> str | None:

@@ -9,8 +9,12 @@ import h5py
 import ismrmrd
 import nibabel as nib
 import numpy as np
+from pydicom.datadict import tag_for_keyword
 from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.sequence import Sequence
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
+
+from omnimri.models.scan import Scan
 
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 MR_IMAGE = "1.2.840.10008.5.1.4.1.1.4"
@@ -81,6 +85,58 @@ def save_dicom(slices: list[Dataset], folder: Path, prefix: str = "IM") -> Path:
         name = f"{prefix}{int(dataset.InstanceNumber):04d}-{index}.dcm"
         dataset.save_as(folder / name, enforce_file_format=True, overwrite=True)
     return folder
+
+
+def enhanced_object(slices: list[Dataset]) -> Dataset:
+    """An Enhanced MR object of `dicom_slices`, its frames in the order of their Instance Numbers."""
+    ordered = sorted(slices, key=lambda dataset: dataset.InstanceNumber)
+    first = ordered[0]
+    enhanced = Dataset()
+    enhanced.update({tag: first[tag] for tag in first.keys() if tag.group != 0x7FE0})  # noqa: SIM118
+    enhanced.file_meta = first.file_meta
+    for keyword in (
+        "ImagePositionPatient",
+        "ImageOrientationPatient",
+        "PixelSpacing",
+        "RescaleSlope",
+        "RescaleIntercept",
+    ):
+        del enhanced[keyword]
+    enhanced.SOPClassUID = "1.2.840.10008.5.1.4.1.1.4.1"
+    enhanced.NumberOfFrames = len(ordered)
+    enhanced.PixelData = b"".join(dataset.PixelData for dataset in ordered)
+    shared = Dataset()
+    shared.PixelMeasuresSequence = _item(first, "PixelSpacing", "SliceThickness")
+    shared.PlaneOrientationSequence = _item(first, "ImageOrientationPatient")
+    shared.MREchoSequence = Sequence([Dataset()])
+    shared.MREchoSequence[0].EffectiveEchoTime = 97.0
+    enhanced.SharedFunctionalGroupsSequence = Sequence([shared])
+    enhanced.PerFrameFunctionalGroupsSequence = Sequence([_frame(dataset) for dataset in ordered])
+    return enhanced
+
+
+def _frame(dataset: Dataset) -> Dataset:
+    frame = Dataset()
+    frame.PlanePositionSequence = _item(dataset, "ImagePositionPatient")
+    frame.PixelValueTransformationSequence = _item(dataset, "RescaleSlope", "RescaleIntercept")
+    frame.PixelValueTransformationSequence[0].RescaleType = "US"
+    frame.FrameContentSequence = Sequence([Dataset()])
+    return frame
+
+
+def _item(dataset: Dataset, *keywords: str) -> Sequence:
+    item = Dataset()
+    item.update({tag_for_keyword(keyword): dataset[keyword] for keyword in keywords})
+    return Sequence([item])
+
+
+def assert_same_voxels(scan: Scan, reference: nib.Nifti1Image) -> None:
+    """The same value at the same place, up to the order in which the axes are stored."""
+    transform = nib.orientations.io_orientation(np.linalg.inv(reference.affine) @ scan.affine)
+    turned = nib.orientations.apply_orientation(scan.image.transpose(2, 1, 0), transform)
+    affine = scan.affine @ nib.orientations.inv_ornt_aff(transform, scan.image.shape[::-1])
+    np.testing.assert_allclose(affine, reference.affine, atol=1e-3)
+    np.testing.assert_allclose(turned, reference.get_fdata(dtype=np.float32), rtol=1e-6)
 
 
 def rescalable(image: np.ndarray) -> np.ndarray:
