@@ -182,7 +182,9 @@ def group(
     series: dict[tuple[str, str], dict[str, Probe]] = defaultdict(dict)
     refused: dict[tuple[str, str, str], list[str]] = defaultdict(list)
     for probe in sorted(probes, key=lambda p: p.name):
-        folder = PurePosixPath(probe.name).parent.as_posix()
+        path = PurePosixPath(probe.name)
+        # Instances of one folder that are refused for one reason share a line; every other file has a line of its own.
+        folder = path.parent.as_posix() if path.suffix.lower() in _DICOM_SUFFIXES else probe.name
         if probe.kind in ("dicom", "dicom label", "nifti", "fastmri", "ismrmrd") and probe.name not in label_maps:
             members = series[(probe.kind, probe.series)]
             first = members.setdefault(probe.instance or probe.name, probe)
