@@ -12,7 +12,7 @@ from pathlib import Path
 
 import omnimri
 
-JOBS = ("corpus", "ingest", "train", "sweep", "evaluate", "register", "deploy", "pipeline", "demo")
+JOBS = ("corpus", "datasets", "ingest", "train", "sweep", "evaluate", "register", "deploy", "pipeline", "demo")
 """In the order of the work; each is a module beside this one with a `main(argv) -> int`."""
 
 

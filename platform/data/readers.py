@@ -1,4 +1,4 @@
-"""Find the volumes of a file, folder or zip, and read them: DICOM, NIfTI, fastMRI and ISMRMRD.
+"""Find the volumes of a file, folder or zip, and read them: DICOM, NIfTI, NRRD, MetaImage, NumPy and k-space.
 
 Reading is in two steps. `probe_files` looks at headers only and `group` makes one work item of each series; `read_item`
 then reads one item and returns what failed beside what was read. `ingest` runs both steps on many machines; `read_path`
@@ -9,23 +9,31 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from omnimri.platform.data import dicom, kspace, nifti
+from omnimri.platform.data import dicom, kspace, kspace_layouts, nifti, volumes
 from omnimri.platform.data.records import UNREADABLE, ReadError, ReadLimits, SeriesRecord
 from omnimri.platform.data.sources import Archive, Folder, Source, open_container, open_sources
 
 ANNOTATIONS_NAME = "annotations.json"
 
+VOLUME_KINDS = (
+    "dicom", "nifti", "nrrd", "metaimage", "numpy", "fastmri", "ismrmrd", *kspace_layouts.LAYOUTS,
+)  # fmt: skip
+"""Kinds of files that hold volumes; their records carry the same word as `source_format`."""
+
+_FORMATS = "DICOM, NIfTI, NRRD, MetaImage, NumPy arrays, fastMRI, CMRxRecon and ISMRMRD HDF5"
 _HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
+_MATLAB_HDF5 = b"MATLAB 7.3 MAT-file"
+_MATLAB_OLD = b"MATLAB 5.0 MAT-file"
 _DICOM_SUFFIXES = frozenset({"", ".dcm", ".ima", ".dicom"})
 _AUXILIARY_SUFFIXES = frozenset({".json", ".tsv", ".csv", ".bval", ".bvec", ".txt", ".md", ".rst", ".html", ".pdf"})
 _AUXILIARY_NAMES = frozenset({"DICOMDIR", "README", "CHANGES", "LICENSE", "LICENCE", "VERSION"})
 _CONVERTIBLE = {
     ".par": "Philips PAR/REC", ".rec": "Philips PAR/REC", ".mgz": "FreeSurfer MGH", ".mgh": "FreeSurfer MGH",
     ".mnc": "MINC", ".hdr": "Analyze or NIfTI pair", ".img": "Analyze or NIfTI pair", ".brik": "AFNI", ".head": "AFNI",
-    ".nrrd": "NRRD", ".mha": "MetaImage", ".dat": "vendor raw data", ".mrd": "streamed MRD", ".7": "vendor raw data",
+    ".dat": "vendor raw data", ".mrd": "streamed MRD", ".7": "vendor raw data",
 }  # fmt: skip
 _LABEL_ENDINGS = ("_dseg", "_mask", "_probseg")
 """BIDS suffixes of NIfTI files that hold labels, not images."""
@@ -38,13 +46,19 @@ class Probe:
     name: str
     """Relative to its container."""
     kind: str
-    """`dicom`, `nifti`, `fastmri`, `ismrmrd`, `auxiliary` or `rejected`."""
+    """Of VOLUME_KINDS, or `label`, `auxiliary` or `rejected`."""
     num_bytes: int = 0
     series: str = ""
     """Files of one kind with the same series belong together."""
     instance: str = ""
     patient: str = ""
     study: str = ""
+    member: str = ""
+    """Array of an archive of arrays."""
+    samples: bool = False
+    """The first axis of the array counts samples."""
+    companion: str = ""
+    """File with the voxels of a detached header."""
     reason: str = ""
     hint: str = ""
 
@@ -62,6 +76,11 @@ class WorkItem:
     """How records and the ledger call it: relative to what the caller named."""
     num_bytes: int
     sidecar: str = ""
+    """JSON beside a NIfTI file, or the voxels of a detached header."""
+    member: str = ""
+    """Array of an archive of arrays."""
+    samples: bool = False
+    """The first axis of the array counts samples."""
     patient: str = ""
     study: str = ""
     series: str = ""
@@ -96,7 +115,17 @@ def read_path(path: Path, limits: ReadLimits | None = None) -> tuple[list[Series
 
 def probe_files(container: Folder | Archive, sizes: Mapping[str, int]) -> list[Probe]:
     """Look at the headers of some files of a container (name to bytes); never raises for what a file holds."""
-    return [_probe(container, name, num_bytes) for name, num_bytes in sizes.items()]
+    probes = (_probe(container, name, num_bytes) for name, num_bytes in sizes.items())
+    return [part for probe in probes for part in _members(container, probe)]
+
+
+def _members(container: Folder | Archive, probe: Probe) -> list[Probe]:
+    """One probe for each array of an archive of arrays; any other probe as it is."""
+    if probe.kind != "numpy" or not probe.name.lower().endswith(".npz"):
+        return [probe]
+    with container.local([probe.name]) as paths, paths[probe.name].open("rb") as stream:
+        members = volumes.array_members(stream, probe.name)
+    return [replace(probe, member=member, series=f"{probe.series}#{member}") for member in members]
 
 
 def _probe(container: Folder | Archive, name: str, num_bytes: int) -> Probe:
@@ -127,7 +156,11 @@ def _identify(container: Folder | Archive, name: str, num_bytes: int) -> Probe:
         return Probe(name=name, kind="nifti", num_bytes=num_bytes, patient=patient, study=study, series=series)
     with container.open(name) as stream:
         head = stream.read(132)
-    if head.startswith(_HDF5_MAGIC):
+    if kind := volumes.kind_of(name):
+        return _volume_probe(container, name, kind, num_bytes)
+    if head.startswith(_MATLAB_OLD):
+        raise ReadError(name, "A MATLAB file of version 5, expected 7.3.", "Save it again with `save -v7.3`.")
+    if head.startswith((_HDF5_MAGIC, _MATLAB_HDF5)):
         with container.local([name]) as paths:
             keys = kspace.probe(paths[name], name)
         return Probe(
@@ -150,8 +183,26 @@ def _identify(container: Folder | Archive, name: str, num_bytes: int) -> Probe:
     if suffix in _CONVERTIBLE:
         raise ReadError(name, f"{_CONVERTIBLE[suffix]} is not read.", "Convert it to NIfTI or ISMRMRD HDF5.")
     raise ReadError(
-        name, f"Unknown file type {suffix or 'without extension'}.", "Read are DICOM, NIfTI, fastMRI and ISMRMRD HDF5."
+        name, f"Unknown file type {suffix or 'without extension'}.", f"Read are {_FORMATS}."
     )
+
+
+def _volume_probe(container: Folder | Archive, name: str, kind: str, num_bytes: int) -> Probe:
+    """The probe of a NRRD, MetaImage or NumPy file.
+
+    Raises:
+        ReadError: If it is none.
+    """
+    with container.open(name) as stream:
+        header = volumes.array_members(stream, name) if kind == "numpy" else volumes.read_header(stream, name)
+    companion = "" if isinstance(header, tuple) else header.data_file
+    patient, study, series = nifti.keys(name)
+    stem = PurePosixPath(name).name.split(".")[0]
+    return Probe(
+        name=name, kind=kind, num_bytes=num_bytes, series=series,
+        patient=stem if patient == nifti.stem(name) else patient, study=study,
+        companion=PurePosixPath(name).with_name(companion).as_posix() if companion else "",
+    )  # fmt: skip
 
 
 def group(
@@ -169,15 +220,17 @@ def group(
     """
     series: dict[tuple[str, str], dict[str, Probe]] = defaultdict(dict)
     refused: dict[tuple[str, str, str], list[str]] = defaultdict(list)
-    for probe in sorted(probes, key=lambda p: p.name):
+    ordered = sorted(probes, key=lambda p: p.name)
+    companions = {probe.companion for probe in ordered} | label_maps
+    for probe in ordered:
         folder = PurePosixPath(probe.name).parent.as_posix()
-        if probe.kind in ("dicom", "nifti", "fastmri", "ismrmrd") and probe.name not in label_maps:
+        if probe.kind in VOLUME_KINDS and probe.name not in label_maps:
             members = series[(probe.kind, probe.series)]
             first = members.setdefault(probe.instance or probe.name, probe)
             if first is not probe:
                 reason = f"A copy of an instance in {source.prefix}{PurePosixPath(first.name).parent}/."
                 refused[(folder, reason, "Nothing to do: one copy is enough.")].append(probe.name)
-        elif refusal := _refusal(probe, label_maps, source.named_alone):
+        elif probe.name not in companions and (refusal := _refusal(probe, source.named_alone)):
             refused[(folder, *refusal)].append(probe.name)
     items = [_work_item(kind, list(members.values()), source) for (kind, _), members in series.items()]
     errors = [
@@ -187,14 +240,14 @@ def group(
     return sorted(items, key=lambda i: (i.source, i.series)), sorted(errors, key=lambda e: (e.source, e.reason))
 
 
-def _refusal(probe: Probe, label_maps: frozenset[str], named_alone: bool) -> tuple[str, str] | None:
+def _refusal(probe: Probe, named_alone: bool) -> tuple[str, str] | None:
     """Reason and hint of a file that is no volume; None for what merely lies beside volumes."""
     if probe.kind == "rejected":
         return probe.reason, probe.hint
-    if probe.kind == "label" and probe.name not in label_maps:
+    if probe.kind == "label":
         return "A label map that no annotations.json names.", "List it under its series in annotations.json."
     if probe.kind == "auxiliary" and named_alone:
-        return "Not an image.", "Read are DICOM, NIfTI, fastMRI and ISMRMRD HDF5."
+        return "Not an image.", f"Read are {_FORMATS}."
     return None
 
 
@@ -208,9 +261,11 @@ def _work_item(kind: str, members: list[Probe], source: Source) -> WorkItem:
         kind=kind,
         container=str(source.container.path.absolute()),
         names=files,
-        source=source.prefix + name,
+        source=source.prefix + name + (f"#{members[0].member}" if members[0].member else ""),
         num_bytes=sum(member.num_bytes for member in members),
-        sidecar=sidecar if kind == "nifti" and source.container.holds(sidecar) else "",
+        sidecar=sidecar if kind == "nifti" and source.container.holds(sidecar) else members[0].companion,
+        member=members[0].member,
+        samples=members[0].samples,
         patient=members[0].patient,
         study=members[0].study,
         series=members[0].series,
@@ -237,4 +292,8 @@ def _read_local(
         return dicom.read_series([paths[name] for name in item.names], item.source, limits)
     if item.kind == "nifti":
         return nifti.read_nifti(first, item.source, limits, paths.get(item.sidecar))
+    if item.kind in kspace_layouts.LAYOUTS:
+        return kspace_layouts.read_layout(first, item.source, limits)
+    if volumes.kind_of(first.name):
+        return volumes.read_volume(first, item.source, limits, member=item.member, samples=item.samples)
     return kspace.read_kspace(first, item.source, limits)

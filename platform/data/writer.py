@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from omnimri.platform.data.annotations import Annotation, check_boxes, load_label_map, merge_facts
+from omnimri.platform.data.annotations import Annotation, check_boxes, merge_facts, placed_boxes, read_labels
 from omnimri.platform.data.deid import whitelisted
 from omnimri.platform.data.readers import WorkItem, read_item
 from omnimri.platform.data.records import ReadError, ReadLimits, SeriesRecord
@@ -91,8 +91,8 @@ def write_shard(planned: list[PlannedItem], path: Path, limits: ReadLimits, *, c
 def make_row(record: SeriesRecord, plan: PlannedItem, limits: ReadLimits) -> tuple[dict[str, Any], list[ReadError]]:
     """The row of one volume, and what of its annotation did not fit."""
     scan = record.scan
-    annotation = plan.annotation or Annotation()
-    label_map, boxes, errors = _fitted(annotation, record, plan.item, limits)
+    annotation = (plan.annotation or Annotation()).of_volume(record.volume)
+    label_map, label_names, boxes, errors = _fitted(annotation, record, plan.item, limits)
     row = {
         "schema_version": SCHEMA_VERSION,
         "dataset": plan.dataset,
@@ -110,7 +110,7 @@ def make_row(record: SeriesRecord, plan: PlannedItem, limits: ReadLimits) -> tup
         "kspace": pack_array(scan.kspace),
         "mask": pack_array(scan.mask),
         "label_map": pack_array(label_map),
-        "label_names": sorted(annotation.label_names.items()) if label_map is not None else None,
+        "label_names": sorted(label_names.items()) if label_map is not None else None,
         "boxes": boxes,
         "classes": annotation.classes,
         "report": annotation.report,
@@ -124,26 +124,22 @@ def make_row(record: SeriesRecord, plan: PlannedItem, limits: ReadLimits) -> tup
 
 def _fitted(
     annotation: Annotation, record: SeriesRecord, item: WorkItem, limits: ReadLimits
-) -> tuple[np.ndarray | None, list[dict[str, Any]] | None, list[ReadError]]:
-    """Label map and boxes of an annotation as far as they fit the volume."""
-    label_map, boxes, errors = None, annotation.boxes, []
-    source = record.source
-    if annotation.label_map:
+) -> tuple[np.ndarray | None, dict[int, str], list[dict[str, Any]] | None, list[ReadError]]:
+    """Label map with the names of its values, and boxes of an annotation, as far as they fit the volume."""
+    label_map, label_names, errors = None, annotation.label_names, []
+    source, boxes = record.source, placed_boxes(annotation, record.scan.image.shape)
+    if annotation.label_map or annotation.structures:
         container = open_container(Path(item.container), limits)
-        if container.holds(annotation.label_map):
-            try:
-                with container.local([annotation.label_map]) as paths:
-                    label_map = load_label_map(paths[annotation.label_map], record.scan, source)
-            except ReadError as error:
-                errors.append(error)
-        else:
-            errors.append(ReadError(source, "The label map that annotations.json names is not there.", "Add it."))
+        try:
+            label_map, label_names = read_labels(annotation, container, record.scan, source, record.volume)
+        except ReadError as error:
+            errors.append(error)
     try:
         check_boxes(boxes or [], record.scan.image.shape)
     except ValueError as error:
         boxes = None
         errors.append(ReadError(source, str(error), "Correct annotations.json; the volume was kept."))
-    return label_map, boxes, errors
+    return label_map, label_names, boxes, errors
 
 
 def _json(value: dict[str, Any] | None) -> str | None:
