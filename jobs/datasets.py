@@ -57,7 +57,10 @@ def _run(args: argparse.Namespace) -> int:
 
 def listing(entries: Sequence[DatasetEntry]) -> str:
     """One line for each set."""
-    rows = [_COLUMNS, *((e.name, ", ".join(e.anatomy), ", ".join(e.tasks), e.licence, e.access, e.evidence) for e in entries)]
+    rows = [
+        _COLUMNS,
+        *((e.name, ", ".join(e.anatomy), ", ".join(e.tasks), e.licence, e.access, e.evidence) for e in entries),
+    ]
     lines = ["  ".join(_cell(text, width) for text, width in zip(row, _WIDTHS, strict=True)).rstrip() for row in rows]
     return "\n".join([*lines, f"{len(entries)} data sets; `omnimri datasets NAME` describes one."])
 
@@ -94,10 +97,14 @@ def _labels(entry: DatasetEntry) -> str:
     for rule in entry.images:
         where = ", else ".join(rule.label_map) or rule.structures or rule.label_member
         meaning = ", ".join(f"{value} {name}" for value, name in rule.label_names.items()) or rule.foreground
-        meaning = meaning or ("as dataset.json says" if rule.card else "one structure a file" if rule.structures else "")
+        meaning = meaning or (
+            "as dataset.json says" if rule.card else "one structure a file" if rule.structures else ""
+        )
         if where:
             lines.append(f"{where}: {meaning or 'values without stated meaning'}")
-        lines += [f"class by {{{name}}}: {', '.join(filter(None, words.values()))}" for name, words in rule.classes.items()]
+        lines += [
+            f"class by {{{name}}}: {', '.join(filter(None, words.values()))}" for name, words in rule.classes.items()
+        ]
     return "\n".join(dict.fromkeys(lines))
 
 

@@ -303,9 +303,7 @@ def load_label_map(
     return np.ascontiguousarray(values.astype(np.uint8))
 
 
-def _label_voxels(
-    path: Path, scan: Scan, source: str, volume: int, member: str
-) -> tuple[np.ndarray, np.ndarray]:
+def _label_voxels(path: Path, scan: Scan, source: str, volume: int, member: str) -> tuple[np.ndarray, np.ndarray]:
     """Labels `(X, Y, Z)` as stored, and their affine; the shape is checked before memory is taken where it can be."""
     kind = kind_of(path.name)
     if kind == "numpy":

@@ -33,7 +33,7 @@ _FIELD = re.compile(r"\{(\w+)(?::([^{}]*))?\}")
 _FACTS: dict[str, Callable[[Any], str | float | int | None]] = {
     "sex": fact.sex, "age_years": fact.age_years, "vendor": fact.vendor, "model_name": fact.model_name,
     "field_strength_t": fact.field_strength_t, "tr_ms": fact.number, "te_ms": fact.number, "ti_ms": fact.number,
-    "flip_angle_deg": fact.number, "plane": str, "body_part": str, "contrast": str,
+    "flip_angle_deg": fact.number, "plane": str, "body_part": str, "contrast": lambda word: word or None,
 }  # fmt: skip
 """Facts that a layout may state, and who brings them to our words."""
 
@@ -176,7 +176,7 @@ class Layouts:
     def _why_left_out(self, probe: Probe, entry: DatasetEntry, source: Source) -> tuple[str, str] | None:
         """Reason and hint for a file that is no volume of the layout; None for what the readers judge themselves."""
         for ignored in entry.ignored:
-            if _pattern(ignored.pattern).match(source.prefix + probe.name):
+            if _pattern(ignored.pattern).match(source.prefix + probe.name) is not None:
                 return ignored.reason, f"Nothing to do; `omnimri datasets {entry.name}` shows the layout."
         if probe.kind not in (*VOLUME_KINDS, "label"):
             return None
@@ -248,7 +248,7 @@ class Layouts:
             return folder + path if source.container.holds(folder + path) else None
         pattern = Pattern(path)
         same_name = (name.removeprefix(source.prefix) for name in self._by_name.get(path.rpartition("/")[2], []))
-        return next((name for name in same_name if name in source.sizes and pattern.match(name)), None)
+        return next((name for name in same_name if name in source.sizes and pattern.match(name) is not None), None)
 
     def _structures(self, placed: Placed, source: Source) -> dict[str, str]:
         """Mask file to the structure that it holds, sorted by file."""
@@ -374,7 +374,7 @@ def _key(name: str, member: str) -> str:
 
 def _folder_of(name: str, template: str) -> str:
     """The folders of a name that lie above a pattern, with a slash at the end."""
-    depth = template.count("/")
+    depth = _FIELD.sub("", template).count("/")
     parts = name.split("/")
     return "".join(f"{part}/" for part in parts[: len(parts) - 1 - depth]) if "**/" not in template else ""
 
@@ -414,7 +414,7 @@ def _layout_facts(placed: Placed, card: Card) -> Facts:
     result = _facts({**stated, **rule.facts})
     if "contrast" in fields:
         result["contrast"] = rule.contrasts.get(fields["contrast"]) or None
-    elif "channel" in fields and int(fields["channel"]) < len(card.channels):
+    elif "channel" in fields and "contrast" not in result and int(fields["channel"]) < len(card.channels):
         result["contrast"] = _channel_contrast(rule, card.channels[int(fields["channel"])])
     return result
 
@@ -482,7 +482,9 @@ def _report(rows: Iterable[tuple[TableRule, list[tables.Row]]]) -> str | None:
 
 
 def _table_facts(rows: Iterable[tuple[TableRule, list[tables.Row]]]) -> Facts:
-    stated = {name: tables.column(row, at) for table, found in rows for row in found for name, at in table.facts.items()}
+    stated = {
+        name: tables.column(row, at) for table, found in rows for row in found for name, at in table.facts.items()
+    }
     return _facts({name: value for name, value in stated.items() if value})
 
 

@@ -28,7 +28,9 @@ _HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 _MATLAB_HDF5 = b"MATLAB 7.3 MAT-file"
 _MATLAB_OLD = b"MATLAB 5.0 MAT-file"
 _DICOM_SUFFIXES = frozenset({"", ".dcm", ".ima", ".dicom"})
-_AUXILIARY_SUFFIXES = frozenset({".json", ".tsv", ".csv", ".bval", ".bvec", ".txt", ".md", ".rst", ".html", ".pdf"})
+_AUXILIARY_SUFFIXES = frozenset(
+    {".json", ".tsv", ".csv", ".bval", ".bvec", ".bvals", ".bvecs", ".cfg", ".txt", ".md", ".rst", ".html", ".pdf"}
+)
 _AUXILIARY_NAMES = frozenset({"DICOMDIR", "README", "CHANGES", "LICENSE", "LICENCE", "VERSION"})
 _CONVERTIBLE = {
     ".par": "Philips PAR/REC", ".rec": "Philips PAR/REC", ".mgz": "FreeSurfer MGH", ".mgh": "FreeSurfer MGH",
@@ -125,7 +127,8 @@ def _members(container: Folder | Archive, probe: Probe) -> list[Probe]:
         return [probe]
     with container.local([probe.name]) as paths, paths[probe.name].open("rb") as stream:
         members = volumes.array_members(stream, probe.name)
-    return [replace(probe, member=member, series=f"{probe.series}#{member}") for member in members]
+    keys = ((member, f"{probe.series}#{member}", f"{probe.patient}#{member}") for member in members)
+    return [replace(probe, member=member, series=series, patient=patient) for member, series, patient in keys]
 
 
 def _probe(container: Folder | Archive, name: str, num_bytes: int) -> Probe:
@@ -182,9 +185,7 @@ def _identify(container: Folder | Archive, name: str, num_bytes: int) -> Probe:
         raise ReadError(name, "A zip inside a folder or zip.", "Name it as a source of its own, or unpack it.")
     if suffix in _CONVERTIBLE:
         raise ReadError(name, f"{_CONVERTIBLE[suffix]} is not read.", "Convert it to NIfTI or ISMRMRD HDF5.")
-    raise ReadError(
-        name, f"Unknown file type {suffix or 'without extension'}.", f"Read are {_FORMATS}."
-    )
+    raise ReadError(name, f"Unknown file type {suffix or 'without extension'}.", f"Read are {_FORMATS}.")
 
 
 def _volume_probe(container: Folder | Archive, name: str, kind: str, num_bytes: int) -> Probe:
