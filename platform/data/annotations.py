@@ -171,7 +171,7 @@ def _annotation(folder: str, entry: dict[str, Any], patient: dict[str, Any]) -> 
     classes = entry.get("classes")
     if classes is not None:
         classes = [_expect(name, str, "classes") for name in _expect(classes, list, "classes")]
-    optional = {key: entry.get(key) for key in ("report", "description", "description_origin")}
+    optional: dict[str, Any] = {key: entry.get(key) for key in ("report", "description", "description_origin")}
     for key, kind in (("report", str), ("description", dict), ("description_origin", dict)):
         if optional[key] is not None:
             _expect(optional[key], kind, key)

@@ -1,4 +1,4 @@
-"""The catalogue of public MRI data sets: one row per set in `catalogue.toml`, which is data and not code.
+r"""The catalogue of public MRI data sets: one row per set in `catalogue.toml`, which is data and not code.
 
 A row says what a set holds and how its files are laid out; `layout` turns it into keys and annotations of the files
 that are found. Adding a set is adding a row, and a fixture in tests/platform/catalogue_fixtures.py::
@@ -16,7 +16,7 @@ that are found. Adding a set is adding a row, and a fixture in tests/platform/ca
     evidence = "opened"                   # how the row was checked
     facts = { body_part = "knee" }        # fills what headers leave open
     [[dataset.images]]
-    pattern = "{patient:\\\\d+}/{contrast}.nii.gz"
+    pattern = '{patient:\d+}/{contrast}.nii.gz'
     contrasts = { T1 = "T1w", T2 = "T2w" }
     label_map = ["{patient}/cartilage.nii.gz"]
     label_names = { 1 = "femoral cartilage", 2 = "tibial cartilage" }

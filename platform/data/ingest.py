@@ -259,7 +259,7 @@ def _catalogued_roots(sources: Sequence[Source], config: IngestConfig) -> dict[s
     Raises:
         ValueError: If a dataset.json names a layout that is not in the catalogue.
     """
-    if config.dataset in catalogue():
+    if config.dataset is not None and config.dataset in catalogue():
         return {"": catalogue()[config.dataset]}
     roots = {}
     for source in sources:

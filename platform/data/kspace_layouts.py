@@ -16,7 +16,7 @@ import h5py
 import numpy as np
 
 from omnimri.models.scan import Scan
-from omnimri.platform.data.facts import contrast
+from omnimri.platform.data.facts import Facts, contrast
 from omnimri.platform.data.kspace import KSPACE_NAMES, mask_or_none, open_kspace, probe, root_sum_of_squares_image
 from omnimri.platform.data.records import (
     UNREADABLE,
@@ -64,7 +64,7 @@ def _scan(kspace: np.ndarray, source: str) -> Scan:
     image = root_sum_of_squares_image(kspace)
     affine = np.eye(4)
     affine[:3, 3] = -(np.array(image.shape[::-1]) - 1) / 2
-    facts = {"contrast": contrast(PurePosixPath(source).name.split(".")[0])}
+    facts: Facts = {"contrast": contrast(PurePosixPath(source).name.split(".")[0])}
     return Scan(image=image, affine=affine, kspace=kspace, mask=mask_or_none(mask), facts=facts)
 
 

@@ -197,11 +197,9 @@ def _volume_probe(container: Folder | Archive, name: str, kind: str, num_bytes: 
     with container.open(name) as stream:
         header = volumes.array_members(stream, name) if kind == "numpy" else volumes.read_header(stream, name)
     companion = "" if isinstance(header, tuple) else header.data_file
-    patient, study, series = nifti.keys(name)
-    stem = PurePosixPath(name).name.split(".")[0]
+    patient, study, series = volumes.keys(name)
     return Probe(
-        name=name, kind=kind, num_bytes=num_bytes, series=series,
-        patient=stem if patient == nifti.stem(name) else patient, study=study,
+        name=name, kind=kind, num_bytes=num_bytes, series=series, patient=patient, study=study,
         companion=PurePosixPath(name).with_name(companion).as_posix() if companion else "",
     )  # fmt: skip
 

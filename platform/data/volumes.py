@@ -18,6 +18,7 @@ from typing import BinaryIO
 import numpy as np
 
 from omnimri.models.scan import Scan
+from omnimri.platform.data import nifti
 from omnimri.platform.data.facts import Facts, sidecar_facts
 from omnimri.platform.data.records import UNREADABLE, ReadError, ReadLimits, SeriesRecord, check_array_bytes
 from omnimri.platform.data.sources import Archive, Folder
@@ -78,6 +79,12 @@ class VolumeHeader:
 def kind_of(name: str) -> str | None:
     """`nrrd`, `metaimage` or `numpy` by the suffix of a file; None for others."""
     return KINDS.get(PurePosixPath(name).suffix.lower())
+
+
+def keys(name: str) -> tuple[str, str, str]:
+    """Patient, study and series keys: BIDS entities of the path, else the file name."""
+    patient, study, _ = nifti.keys(PurePosixPath(name).with_suffix("").as_posix())
+    return patient, study, name
 
 
 def read_header(stream: BinaryIO, name: str) -> VolumeHeader:
@@ -256,7 +263,8 @@ def _voxel_bytes(path: Path, header: VolumeHeader) -> bytes:
         unpacked = bytearray()
         while len(unpacked) <= header.num_bytes and (chunk := unpacker.unconsumed_tail or stream.read(_CHUNK_BYTES)):
             unpacked += unpacker.decompress(chunk, _CHUNK_BYTES)
-        return bytes(unpacked + unpacker.flush())
+        # Not `flush` of what was left on purpose: it would unpack all of it.
+        return bytes(unpacked) if len(unpacked) > header.num_bytes else bytes(unpacked + unpacker.flush())
 
 
 def detached(container: Folder | Archive, name: str) -> list[str]:
@@ -375,10 +383,10 @@ def _array_volumes(array: np.ndarray, samples: bool, source: str) -> list[np.nda
 def _record(
     volume: np.ndarray, affine: np.ndarray, facts: Facts, source: str, index: int, num_volumes: int
 ) -> SeriesRecord:
-    stem = PurePosixPath(source).name.split(".")[0]
+    patient, study, series = keys(source)
     image = np.nan_to_num(np.ascontiguousarray(volume, dtype=np.float32), nan=0.0, posinf=0.0, neginf=0.0)
     return SeriesRecord(
         scan=Scan(image=image, affine=affine, facts=dict(facts)),
         source=source, source_format=kind_of(source.partition("#")[0]) or "numpy",
-        patient_key=stem, study_key=stem, series_key=source, volume=index, num_volumes=num_volumes,
+        patient_key=patient, study_key=study, series_key=series, volume=index, num_volumes=num_volumes,
     )  # fmt: skip

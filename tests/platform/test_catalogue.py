@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import textwrap
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 
 from omnimri.jobs import datasets as job
+from omnimri.platform.data import catalogue as catalogue_module
 from omnimri.platform.data.catalogue import (
     ANATOMIES,
     FAMILIES,
@@ -30,7 +33,8 @@ from omnimri.platform.data.schema import FACTS, unpack_array
 from omnimri.platform.data.shards import Shards, load_row
 from omnimri.platform.data.sources import open_sources
 from omnimri.platform.data.writer import PlannedItem, make_row
-from tests.platform.catalogue_fixtures import FIXTURES, SHAPE, Fixture, write_fixture
+from tests.platform.catalogue_fixtures import FIXTURES, Fixture, write_fixture
+from tests.platform.catalogue_writers import SHAPE
 from tests.platform.intake_fakes import oblique_affine, random_image, save_nifti
 
 LIMITS = ReadLimits()
@@ -220,12 +224,20 @@ def test_every_stated_fact_is_one_that_rows_hold() -> None:
 )
 def test_a_row_that_is_wrong_says_how(change: dict[str, Any], message: str) -> None:
     row = {
-        "name": "mine", "title": "Mine", "family": "nrrd", "anatomy": ["knee"], "tasks": ["segmentation"], "layout": "x",
-        "licence": "unknown", "access": "here", "citation": "me", "evidence": "opened", "images": [{"pattern": "x"}],
+        "name": "mine", "title": "Mine", "family": "nrrd", "anatomy": ["knee"], "tasks": ["segmentation"],
+        "layout": "x", "licence": "unknown", "access": "here", "citation": "me", "evidence": "opened",
+        "images": [{"pattern": "x"}],
     } | change  # fmt: skip
     images = "".join(f"[[dataset.images]]\n{_toml(image)}" for image in row.pop("images"))
     with pytest.raises(ValueError, match=message):
         parse_catalogue(f"[[dataset]]\n{_toml(row)}{images}")
+
+
+def test_the_example_of_the_manual_is_a_row() -> None:
+    [row] = re.findall(r"::\n\n(.*?)\n\nEvery field", str(catalogue_module.__doc__), flags=re.DOTALL)
+    entry = parse_catalogue(textwrap.dedent(row))["my-set"]
+    assert entry.images[0].label_names == {"1": "femoral cartilage", "2": "tibial cartilage"}
+    assert Pattern(entry.images[0].pattern).match("7/T1.nii.gz") == {"patient": "7", "contrast": "T1"}
 
 
 def _toml(values: dict[str, Any]) -> str:
