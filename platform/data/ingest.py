@@ -25,7 +25,7 @@ import ray.data
 from omnimri.platform.cluster import quiet_ray_data
 from omnimri.platform.data import deid
 from omnimri.platform.data.annotations import Annotation, Sidecars, parse_sidecars
-from omnimri.platform.data.catalogue import DatasetEntry, catalogue, find_dataset
+from omnimri.platform.data.catalogue import DatasetEntry, catalogue, find_dataset, suggestion
 from omnimri.platform.data.layout import CARD_KEY, Layouts
 from omnimri.platform.data.readers import ANNOTATIONS_NAME, Probe, WorkItem, group, probe_files
 from omnimri.platform.data.records import ReadError, ReadLimits
@@ -261,6 +261,8 @@ def _catalogued_roots(sources: Sequence[Source], config: IngestConfig) -> dict[s
     """
     if config.dataset is not None and config.dataset in catalogue():
         return {"": catalogue()[config.dataset]}
+    if config.dataset is not None and (close := suggestion(config.dataset)):
+        logger.warning("%s is not in the catalogue, so no layout is assumed.%s", config.dataset, close)
     roots = {}
     for source in sources:
         for name, content in _contents(source, ("dataset.json",)).items():

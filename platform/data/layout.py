@@ -283,7 +283,9 @@ class Layouts:
             return {}
         with source.container.local(item.names) as paths:
             values = volumes.load_array(paths[item.names[0]], member, item.source, self._limits).ravel()
-        names = placed.rule.values["class"]
+        names = placed.rule.values.get("class", {})
+        if unknown := sorted({str(int(value)) for value in values} - set(names)):
+            raise ValueError(f"class {unknown[0]} has no name; known: {', '.join(names)}.")
         return {sample: {"classes": [names[str(int(value))]]} for sample, value in enumerate(values)}
 
     # ---- Tables
@@ -469,7 +471,7 @@ def _box(table: TableRule, row: tables.Row) -> dict[str, Any]:
     numbers = {name: tables.column(row, rule[name]) for name in ("slice", "x", "y", "width", "height")}
     if None in numbers.values():
         raise ValueError(f"a box needs columns {', '.join(str(rule[name]) for name in numbers)}.")
-    z, x, y, width, height = (int(float(value or "nan")) for value in numbers.values())
+    z, x, y, width, height = (tables.whole_number(value) for value in numbers.values())
     return {
         "label": tables.column(row, rule["label"]) or "", "side": None,
         "box_voxel": [z, y, x, z + 1, y + height, x + width],
@@ -494,4 +496,4 @@ def _label_frames(rows: Iterable[tuple[TableRule, list[tables.Row]]]) -> tuple[i
     if not found:
         return None
     values = [tables.column(row, name) for table, row in found for name in table.label_frames]
-    return tuple(int(float(value)) for value in values if value)
+    return tuple(tables.whole_number(value) for value in values if value)

@@ -83,6 +83,18 @@ def column(row: Row, name: str | int) -> str | None:
     return row.get(name)
 
 
+def whole_number(value: str | None) -> int:
+    """A cell as a whole number.
+
+    Raises:
+        ValueError: If it is none; the cell is not quoted, because it may name a patient.
+    """
+    try:
+        return int(float(value or ""))
+    except (ValueError, OverflowError):
+        raise ValueError("a column holds no whole number.") from None
+
+
 def index(rows: Iterable[Row], columns: Sequence[str | int]) -> Mapping[tuple[str | None, ...], list[Row]]:
     """Rows by what they hold in some columns."""
     found: dict[tuple[str | None, ...], list[Row]] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 import textwrap
 from collections import Counter
 from pathlib import Path
@@ -135,6 +136,24 @@ def test_classes_belong_to_their_sample(tmp_path: Path) -> None:
     assert [row["classes"] for row in rows] == [["vessel"], ["aneurysm"], ["vessel"]]
 
 
+@pytest.mark.parametrize(
+    ("name", "table", "cell", "wrong"),
+    [
+        ("fastmri-plus-knee", "Annotations/knee.csv", ",10,20,", ",Smith,20,"),
+        ("mms", "211230_M&Ms_Dataset_information_diagnosis_opendataset.csv", ",0,2,", ",Smith,2,"),
+    ],
+)
+def test_a_broken_table_costs_the_annotation_and_is_not_quoted(
+    name: str, table: str, cell: str, wrong: str, tmp_path: Path
+) -> None:
+    root = write_fixture(FIXTURES[name], tmp_path)
+    (root / table).write_text((root / table).read_text().replace(cell, wrong))
+    rows, [error], _ = read_as(root, find_dataset(name))
+    assert rows
+    assert "a column holds no whole number" in error.reason
+    assert "Smith" not in str(error)
+
+
 def test_volumes_without_a_row_in_the_table_are_not_annotated(tmp_path: Path) -> None:
     root = write_fixture(FIXTURES["mrnet"], tmp_path)
     np.save(root / "train" / "axial" / "0009.npy", random_image(9, SHAPE))
@@ -193,7 +212,7 @@ def test_every_row_states_where_it_comes_from() -> None:
     for entry in catalogue().values():
         assert entry.citation and entry.access and entry.layout, entry.name
         if entry.evidence == "recall" or "recall" in entry.access:
-            assert entry.licence in (UNKNOWN, "CC0", "CC BY-SA 4.0"), f"{entry.name} asserts a remembered licence"
+            assert entry.licence == UNKNOWN, f"{entry.name} asserts a remembered licence"
 
 
 def test_overlaps_name_entries_from_both_sides() -> None:
@@ -201,7 +220,9 @@ def test_overlaps_name_entries_from_both_sides() -> None:
         assert entry.name not in entry.overlaps
         for other in entry.overlaps:
             # Free text for sets that are not in the catalogue; it does not look like a name.
-            if other not in catalogue():
+            if other in catalogue():
+                assert entry.name in catalogue()[other].overlaps, f"{other} does not name {entry.name}"
+            else:
                 assert other != other.lower(), f"{entry.name} overlaps {other!r}, which is not in the catalogue"
 
 
@@ -298,6 +319,24 @@ def test_ingest_by_name(tmp_path: Path, ray_cluster: None) -> None:
     assert len({row["patient_id"] for row in rows}) == 1
     ledger = (tmp_path / "out" / "rejects.jsonl").read_text()
     assert "pre holds the same scans, aligned." in ledger
+
+
+def test_ingest_of_a_zip_by_name(tmp_path: Path, ray_cluster: None) -> None:
+    root = write_fixture(FIXTURES["promise12"], tmp_path / "promise12")
+    shutil.make_archive(str(tmp_path / "files"), "zip", root)
+    ingest([tmp_path / "files.zip"], tmp_path / "out", IngestConfig(dataset="promise12"))
+    [row] = [load_row(ref) for ref in Shards.open(tmp_path / "out").rows]
+    assert (row["contrast"], row["body_part"], row["licence"]) == ("T2w", "prostate", None)
+    assert dict(row["label_names"]) == {1: "prostate"}
+
+
+def test_a_name_that_looks_like_one_of_the_catalogue_is_pointed_out(
+    tmp_path: Path, ray_cluster: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_nifti(tmp_path / "a.nii", random_image(2), oblique_affine())
+    ingest([tmp_path / "a.nii"], tmp_path / "out", IngestConfig(dataset="brats-2012"))
+    assert "not in the catalogue" in caplog.text
+    assert "Did you mean" in caplog.text
 
 
 @pytest.mark.slow
