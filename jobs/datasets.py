@@ -8,8 +8,9 @@ Download a set from its authors under their terms, and read it in its own layout
 
   omnimri ingest ROOT --dataset NAME --out DIR
 
-`evidence` says how a row was checked; the layout of a row with `page` or `recall` was not verified, and a licence that
-nobody has read is `unknown`. --json prints the same for machines.
+Tasks in brackets have targets that are not read yet; the notes say why. `evidence` says how a row was checked: the layout
+of a row with `page` or `recall` was not verified, and a licence that nobody has read is `unknown`. --json prints the same
+for machines.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def listing(entries: Sequence[DatasetEntry]) -> str:
     """One line for each set."""
     rows = [
         _COLUMNS,
-        *((e.name, ", ".join(e.anatomy), ", ".join(e.tasks), e.licence, e.access, e.evidence) for e in entries),
+        *((e.name, ", ".join(e.anatomy), _tasks(e), e.licence, e.access, e.evidence) for e in entries),
     ]
     lines = ["  ".join(_cell(text, width) for text, width in zip(row, _WIDTHS, strict=True)).rstrip() for row in rows]
     return "\n".join([*lines, f"{len(entries)} data sets; `omnimri datasets NAME` describes one."])
@@ -69,11 +70,15 @@ def _cell(text: str, width: int) -> str:
     return (text if len(text) <= width else f"{text[: width - 1]}…").ljust(width)
 
 
+def _tasks(entry: DatasetEntry) -> str:
+    return ", ".join(f"({task})" if task in entry.unread else task for task in entry.tasks)
+
+
 def describe(entry: DatasetEntry) -> str:
     """Everything that the catalogue knows of one set."""
     evidence = entry.evidence if entry.is_verified else f"{entry.evidence} (layout not verified)"
     parts = {
-        "anatomy": ", ".join(entry.anatomy), "tasks": ", ".join(entry.tasks), "subjects": entry.subjects,
+        "anatomy": ", ".join(entry.anatomy), "tasks": _tasks(entry), "subjects": entry.subjects,
         "reader": f"{entry.family}: {FAMILIES[entry.family].summary}", "layout": entry.layout,
         "volumes": "\n".join(rule.pattern for rule in entry.images), "labels": _labels(entry), "tables": _tables(entry),
         "left out": "\n".join(f"{ignored.pattern}: {ignored.reason}" for ignored in entry.ignored),

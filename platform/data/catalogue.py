@@ -177,6 +177,8 @@ class DatasetEntry:
     """Fill what headers leave open."""
     overlaps: tuple[str, ...] = ()
     """Names of entries, or free text, with volumes in common: keep them in one split."""
+    unread: tuple[str, ...] = ()
+    """Of `tasks`: targets that the set has and we do not read, for the reason that `notes` gives."""
     subjects: str = ""
     notes: str = ""
 
@@ -187,6 +189,10 @@ class DatasetEntry:
         for values, words in ((self.anatomy, ANATOMIES), (self.tasks, TASKS)):
             if not values or set(values) - set(words):
                 raise ValueError(f"{self.name}: {', '.join(values) or 'nothing'}, expected some of {', '.join(words)}.")
+        if set(self.unread) - set(self.tasks) or (self.unread and not self.notes):
+            raise ValueError(
+                f"{self.name}: unread {', '.join(self.unread)} must be of its tasks, with notes that say why."
+            )
         if not self.images:
             raise ValueError(f"{self.name}: no [[dataset.images]], so no file would be read.")
 

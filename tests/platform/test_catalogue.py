@@ -75,6 +75,7 @@ def test_a_data_set_is_read_in_its_own_layout(name: str, tmp_path: Path) -> None
     assert Counter(row["contrast"] for row in rows) == _contrasts(fixture, len(rows))
     assert patients == set(fixture.patients)
     _check_annotation(rows, entry, fixture)
+    assert _unread(rows, entry) == set(entry.unread)
     for row in rows:
         assert {key: row[key] for key in fixture.facts} == dict(fixture.facts)
 
@@ -90,6 +91,17 @@ def _contrasts(fixture: Fixture, num_rows: int) -> Counter[str | None]:
         values = contrasts if len(contrasts) == num_rows else contrasts * num_rows
         return Counter(None if value == "None" else value for value in values)
     return Counter(fixture.images.values())
+
+
+def _unread(rows: list[dict[str, Any]], entry: DatasetEntry) -> set[str]:
+    """Tasks that the row of the table promises and no volume has targets for."""
+    columns = {
+        "segmentation": "label_map", "detection": "boxes", "diagnosis": "classes", "report": "report",
+        "reconstruction": "kspace",
+    }  # fmt: skip
+    read = {task for task, column in columns.items() if any(row[column] is not None for row in rows)}
+    # Segmentation objects of DICOM are found by their own headers, whatever the layout.
+    return set(entry.tasks) - read - {"pretraining"} - ({"segmentation"} if entry.family == "dicom-tcia" else set())
 
 
 def _check_annotation(rows: list[dict[str, Any]], entry: DatasetEntry, fixture: Fixture) -> None:
