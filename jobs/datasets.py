@@ -8,9 +8,9 @@ Download a set from its authors under their terms, and read it in its own layout
 
   omnimri ingest ROOT --dataset NAME --out DIR
 
-Tasks in brackets have targets that are not read yet; the notes say why. `evidence` says how a row was checked: the layout
-of a row with `page` or `recall` was not verified, and a licence that nobody has read is `unknown`. --json prints the same
-for machines.
+Tasks in brackets have targets that are not read yet; the notes say why. `evidence` says how a row was checked: the
+layout of a row with `page` or `recall` was not verified, and a licence that nobody has read is `unknown`. --json prints
+the same for machines.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import textwrap
 from collections.abc import Sequence
 
 from omnimri.jobs.command import job_parser, run_job
-from omnimri.platform.data.catalogue import ANATOMIES, FAMILIES, TASKS, DatasetEntry, catalogue, find_dataset
+from omnimri.platform.data.catalogue import ANATOMIES, FAMILIES, TASKS, DatasetEntry, ImageRule, catalogue, find_dataset
 
 _WIDTH = 110
 _COLUMNS = ("name", "anatomy", "tasks", "licence", "access", "evidence")
@@ -80,7 +80,7 @@ def describe(entry: DatasetEntry) -> str:
     parts = {
         "anatomy": ", ".join(entry.anatomy), "tasks": _tasks(entry), "subjects": entry.subjects,
         "reader": f"{entry.family}: {FAMILIES[entry.family].summary}", "layout": entry.layout,
-        "volumes": "\n".join(rule.pattern for rule in entry.images), "labels": _labels(entry), "tables": _tables(entry),
+        "volumes": "\n".join(_volumes(rule) for rule in entry.images), "labels": _labels(entry), "tables": _tables(entry),
         "left out": "\n".join(f"{ignored.pattern}: {ignored.reason}" for ignored in entry.ignored),
         "licence": entry.licence, "access": entry.access, "citation": entry.citation,
         "overlaps": ", ".join(entry.overlaps), "evidence": evidence, "notes": entry.notes,
@@ -94,6 +94,12 @@ def describe(entry: DatasetEntry) -> str:
 
 def _marked(lines: Sequence[str]) -> list[tuple[bool, str]]:
     return [(number == 0, line) for number, line in enumerate(lines)]
+
+
+def _volumes(rule: ImageRule) -> str:
+    """The pattern of volumes, with the words that `{contrast}` stands for."""
+    words = (f"{word} {name or 'of no named contrast'}" for word, name in rule.contrasts.items())
+    return rule.pattern + (f" ({', '.join(words)})" if rule.contrasts else "")
 
 
 def _labels(entry: DatasetEntry) -> str:
