@@ -80,7 +80,7 @@ def describe(entry: DatasetEntry) -> str:
     parts = {
         "anatomy": ", ".join(entry.anatomy), "tasks": _tasks(entry), "subjects": entry.subjects,
         "reader": f"{entry.family}: {FAMILIES[entry.family].summary}", "layout": entry.layout,
-        "volumes": "\n".join(_volumes(rule) for rule in entry.images), "labels": _labels(entry), "tables": _tables(entry),
+        "volumes": "\n".join(map(_volumes, entry.images)), "labels": _labels(entry), "tables": _tables(entry),
         "left out": "\n".join(f"{ignored.pattern}: {ignored.reason}" for ignored in entry.ignored),
         "licence": entry.licence, "access": entry.access, "citation": entry.citation,
         "overlaps": ", ".join(entry.overlaps), "evidence": evidence, "notes": entry.notes,

@@ -21,7 +21,7 @@ that are found. Adding a set is adding a row, and a fixture in tests/platform/ca
     label_map = ["{patient}/cartilage.nii.gz"]
     label_names = { 1 = "femoral cartilage", 2 = "tibial cartilage" }
 
-Every field of a pattern that is no wildcard is one folder or part of a name; see `layout.Pattern`.
+Every field of a pattern that is no wildcard is one folder or part of a name; see `patterns.Pattern`.
 """
 
 from __future__ import annotations

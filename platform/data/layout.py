@@ -12,7 +12,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -21,6 +21,7 @@ from omnimri.platform.data import tables, volumes
 from omnimri.platform.data.annotations import Annotation
 from omnimri.platform.data.catalogue import FAMILIES, DatasetEntry, ImageRule, TableRule
 from omnimri.platform.data.facts import Facts
+from omnimri.platform.data.patterns import FIELD, Pattern, filled, image_pattern, pattern_of
 from omnimri.platform.data.readers import VOLUME_KINDS, Probe, WorkItem
 from omnimri.platform.data.records import ReadError, ReadLimits
 from omnimri.platform.data.sources import Source
@@ -28,68 +29,12 @@ from omnimri.platform.data.sources import Source
 CARD_KEY = "catalogue"
 """Entry of a dataset.json that names the catalogued layout of everything below its folder."""
 
-_FIELD = re.compile(r"\{(\w+)(?::([^{}]*))?\}")
-
 _FACTS: dict[str, Callable[[Any], str | float | int | None]] = {
     "sex": fact.sex, "age_years": fact.age_years, "vendor": fact.vendor, "model_name": fact.model_name,
     "field_strength_t": fact.field_strength_t, "tr_ms": fact.number, "te_ms": fact.number, "ti_ms": fact.number,
     "flip_angle_deg": fact.number, "plane": str, "body_part": str, "contrast": lambda word: word or None,
 }  # fmt: skip
 """Facts that a layout may state, and who brings them to our words."""
-
-
-class Pattern:
-    r"""A path with fields: `{patient}/{patient}_{contrast:T1|T2}.nii.gz`.
-
-    A field is a part of one folder or file name, or what its own expression says (`{patient:\d+}`); the same field
-    twice holds the same text, and `{_}` is not kept. `**/` stands for any folders. A pattern describes the end of a
-    path, from a folder's name on: it does not matter how many folders lie above.
-    """
-
-    def __init__(self, template: str, words: Mapping[str, Iterable[str]] | None = None) -> None:
-        self.template = template
-        self._regex = re.compile(f"(?:.*/)?{_expression(template, words or {})}")
-
-    def match(self, path: str) -> dict[str, str] | None:
-        """The fields of a path; None if it is not of this pattern."""
-        found = self._regex.fullmatch(path)
-        return found.groupdict() if found else None
-
-
-def _expression(template: str, words: Mapping[str, Iterable[str]]) -> str:
-    parts, end, seen = [], 0, set()
-    for field in _FIELD.finditer(template):
-        parts.append(re.escape(template[end : field.start()]))
-        end = field.end()
-        name, expression = field[1], field[2]
-        if name in words and expression is None:
-            expression = "|".join(re.escape(word) for word in sorted(words[name], key=len, reverse=True))
-        if name in seen:
-            parts.append(f"(?P={name})")
-        elif name == "_":
-            parts.append(f"(?:{expression or '[^/]+?'})")
-        else:
-            parts.append(f"(?P<{name}>{expression or '[^/]+?'})")
-            seen.add(name)
-    return "".join([*parts, re.escape(template[end:])]).replace(r"\*\*/", "(?:.*/)?")
-
-
-def filled(template: str, fields: Mapping[str, str]) -> str | None:
-    """A template with its fields put in; None if one is missing."""
-    names = [field[1] for field in _FIELD.finditer(template)]
-    if any(name not in fields for name in names):
-        return None
-    return _FIELD.sub(lambda field: fields[field[1]], template)
-
-
-@cache
-def _image_pattern(template: str, contrasts: tuple[str, ...]) -> Pattern:
-    return Pattern(template, {"contrast": contrasts} if contrasts else {})
-
-
-@cache
-def _pattern(template: str) -> Pattern:
-    return Pattern(template)
 
 
 @dataclass(frozen=True)
@@ -166,7 +111,7 @@ class Layouts:
             return probe
         path = source.prefix + _key(probe.name, probe.member)
         for rule in entry.images:
-            fields = _image_pattern(rule.pattern, tuple(rule.contrasts)).match(path)
+            fields = image_pattern(rule.pattern, tuple(rule.contrasts)).match(path)
             if fields is not None:
                 folder = _folder_of(probe.name, rule.pattern)
                 self._placed[source.prefix][_key(probe.name, probe.member)] = Placed(entry, rule, fields, folder)
@@ -176,7 +121,7 @@ class Layouts:
     def _why_left_out(self, probe: Probe, entry: DatasetEntry, source: Source) -> tuple[str, str] | None:
         """Reason and hint for a file that is no volume of the layout; None for what the readers judge themselves."""
         for ignored in entry.ignored:
-            if _pattern(ignored.pattern).match(source.prefix + probe.name) is not None:
+            if pattern_of(ignored.pattern).match(source.prefix + probe.name) is not None:
                 return ignored.reason, f"Nothing to do; `omnimri datasets {entry.name}` shows the layout."
         if probe.kind not in (*VOLUME_KINDS, "label"):
             return None
@@ -255,7 +200,7 @@ class Layouts:
         if not placed.rule.structures:
             return {}
         fields = {name: re.escape(value) for name, value in placed.fields.items()}
-        template = _FIELD.sub(
+        template = FIELD.sub(
             lambda field: f"{{{field[1]}:{fields[field[1]]}}}" if field[1] in fields else field[0],
             placed.rule.structures,
         )
@@ -376,7 +321,7 @@ def _key(name: str, member: str) -> str:
 
 def _folder_of(name: str, template: str) -> str:
     """The folders of a name that lie above a pattern, with a slash at the end."""
-    depth = _FIELD.sub("", template).count("/")
+    depth = FIELD.sub("", template).count("/")
     parts = name.split("/")
     return "".join(f"{part}/" for part in parts[: len(parts) - 1 - depth]) if "**/" not in template else ""
 

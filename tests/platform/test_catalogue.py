@@ -27,7 +27,8 @@ from omnimri.platform.data.catalogue import (
     parse_catalogue,
 )
 from omnimri.platform.data.ingest import IngestConfig, ingest
-from omnimri.platform.data.layout import Layouts, Pattern
+from omnimri.platform.data.layout import Layouts
+from omnimri.platform.data.patterns import Pattern
 from omnimri.platform.data.readers import group, probe_files, read_item
 from omnimri.platform.data.records import ReadError, ReadLimits
 from omnimri.platform.data.schema import FACTS, unpack_array
