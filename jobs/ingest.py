@@ -2,8 +2,8 @@
 
   omnimri ingest SRC... --out DIR
 
-SRC are folders, zips or files of DICOM, NIfTI (with JSON sidecars), fastMRI HDF5 and ISMRMRD; several may be given and
-their order does not matter. DIR then holds
+SRC are folders, zips or files of DICOM, NIfTI (with JSON sidecars), NRRD, MetaImage, NumPy arrays, ISMRMRD, and k-space
+as fastMRI, CC-359, SKM-TEA and CMRxRecon store it; several may be given and their order does not matter. DIR then holds
 
   shards/*.parquet   one row per volume (omnimri.platform.data.schema)
   manifest.json      the rows, their splits, and the digest that names this version of the data
@@ -22,12 +22,17 @@ split depends on --seed and not on the key.
 A file annotations.json beside or above a series adds label maps, boxes, diagnoses and reports
 (omnimri.platform.data.annotations); dataset.json or the dataset_description.json of BIDS adds name and licence.
 
+A public data set is read in its own layout when --dataset names it as `omnimri datasets` lists it, or when a file
+dataset.json with {"catalogue": NAME} lies in its folder: patients, contrasts, label maps, diagnoses, boxes and reports
+then come from its paths and tables, and files that are not part of the layout are refused.
+
 The exit status is 0 when at least one volume was ingested. The last line says how many were rejected.
 
 Examples:
   omnimri ingest corpus/ --out runs/demo/shards
   omnimri ingest study.zip brain.nii.gz --out shards --dataset clinic-a --licence "in-house use"
   omnimri ingest corpus/ --out shards --set split_by=hash --set items_per_shard=32
+  omnimri ingest BraTS2021/ --dataset brats-2021 --out shards
 """
 
 from __future__ import annotations
@@ -47,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = job_parser("ingest", __doc__)
     parser.add_argument("sources", nargs="+", type=Path, metavar="SRC", help="folder, zip or file")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="corpus folder to make")
-    parser.add_argument("--dataset", metavar="NAME", help="name of the data set")
+    parser.add_argument("--dataset", metavar="NAME", help="name of the data set, of the catalogue or your own")
     parser.add_argument("--licence", metavar="L", help="licence of the data set")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the split (default: 0)")
     parser.add_argument("--overwrite", action="store_true", help="replace the corpus in DIR")

@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import posixpath
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -28,7 +28,9 @@ import numpy as np
 from omnimri.models.scan import Scan
 from omnimri.platform.data.facts import Facts, age_years, sex
 from omnimri.platform.data.nifti import NIFTI_ERRORS
-from omnimri.platform.data.records import ReadError, quiet_libraries
+from omnimri.platform.data.records import ReadError, ReadLimits, quiet_libraries
+from omnimri.platform.data.sources import Archive, Folder
+from omnimri.platform.data.volumes import detached, kind_of, load, load_array
 
 _GRID_TOLERANCE = 0.1
 """Voxels by which a label map's grid may be displaced; headers round."""
@@ -50,6 +52,26 @@ class Annotation:
     report: str | None = None
     description: dict[str, Any] | None = None
     description_origin: dict[str, str] | None = None
+
+    # What only the layout of a catalogued data set says.
+    layout_facts: Facts = field(default_factory=dict)
+    """Facts that the layout states; they win over what a file name suggests."""
+    structures: dict[str, str] = field(default_factory=dict)
+    """Mask file to the one structure that it holds."""
+    foreground: str = ""
+    """What every value but zero of the label map means."""
+    label_volumes: tuple[int, ...] | None = None
+    """Volumes of the series that the label map speaks of; None for all."""
+    box_grid: tuple[int, int] | None = None
+    """Rows and columns, in the middle of the slice, that boxes count in; None for the whole slice."""
+    boxes_flipped: bool = False
+    """Boxes count rows from the last."""
+    volumes: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """Volume of the series to the fields that are different for it."""
+
+    def of_volume(self, volume: int) -> Annotation:
+        """What is said of one volume of the series."""
+        return replace(self, **self.volumes.get(volume, {}), volumes={})
 
 
 @dataclass(frozen=True)
@@ -149,7 +171,7 @@ def _annotation(folder: str, entry: dict[str, Any], patient: dict[str, Any]) -> 
     classes = entry.get("classes")
     if classes is not None:
         classes = [_expect(name, str, "classes") for name in _expect(classes, list, "classes")]
-    optional = {key: entry.get(key) for key in ("report", "description", "description_origin")}
+    optional: dict[str, Any] = {key: entry.get(key) for key in ("report", "description", "description_origin")}
     for key, kind in (("report", str), ("description", dict), ("description_origin", dict)):
         if optional[key] is not None:
             _expect(optional[key], kind, key)
@@ -180,8 +202,24 @@ def _box(box: Any) -> dict[str, Any]:
 
 
 def merge_facts(facts: Facts, annotation: Annotation) -> Facts:
-    """Facts with gaps filled from the annotation; what the header says stays."""
-    return {**facts, **{k: v for k, v in annotation.facts.items() if facts.get(k) is None}}
+    """Facts with gaps filled from the annotation; what the header says stays, unless a layout states otherwise."""
+    return {**facts, **{k: v for k, v in annotation.facts.items() if facts.get(k) is None}, **annotation.layout_facts}
+
+
+def placed_boxes(annotation: Annotation, shape: tuple[int, ...]) -> list[dict[str, Any]] | None:
+    """Boxes on the grid of a volume `(Z, Y, X)`, from the part of the slice that they count in."""
+    if annotation.boxes is None or (annotation.box_grid is None and not annotation.boxes_flipped):
+        return annotation.boxes
+    _, num_y, num_x = shape
+    rows, columns = annotation.box_grid or (num_y, num_x)
+    top, left = num_y // 2 - rows // 2, num_x // 2 - columns // 2
+    placed = []
+    for box in annotation.boxes:
+        z1, y1, x1, z2, y2, x2 = box["box_voxel"]
+        if annotation.boxes_flipped:
+            y1, y2 = rows - y2, rows - y1
+        placed.append({**box, "box_voxel": [z1, y1 + top, x1 + left, z2, y2 + top, x2 + left]})
+    return placed
 
 
 def check_boxes(boxes: list[dict[str, Any]], shape: tuple[int, ...]) -> None:
@@ -196,24 +234,61 @@ def check_boxes(boxes: list[dict[str, Any]], shape: tuple[int, ...]) -> None:
             raise ValueError(f"Box {box['box_voxel']} is empty or outside the volume {shape}.")
 
 
-def load_label_map(path: Path, scan: Scan, source: str) -> np.ndarray:
+def read_labels(
+    annotation: Annotation, container: Folder | Archive, scan: Scan, source: str, volume: int = 0
+) -> tuple[np.ndarray | None, dict[int, str]]:
+    """The label map of one volume, uint8 `(Z, Y, X)`, and the names of its values.
+
+    Raises:
+        ReadError: If it is not there, cannot be read, or lies on another grid.
+    """
+    if annotation.label_volumes is not None and volume not in annotation.label_volumes:
+        return None, {}
+    if annotation.structures:
+        return _merged_structures(annotation.structures, container, scan, source)
+    if not annotation.label_map:
+        return None, {}
+    labels = _label_array(container, annotation.label_map, scan, source, volume, is_mask=bool(annotation.foreground))
+    return labels, {1: annotation.foreground} if annotation.foreground else annotation.label_names
+
+
+def _merged_structures(
+    structures: dict[str, str], container: Folder | Archive, scan: Scan, source: str
+) -> tuple[np.ndarray, dict[int, str]]:
+    """One label map of one mask for each structure, numbered in their order; where masks overlap, the last counts."""
+    labels = np.zeros(scan.image.shape, dtype=np.uint8)
+    for value, name in enumerate(structures, start=1):
+        labels[_label_array(container, name, scan, source, 0, is_mask=True) > 0] = value
+    return labels, dict(enumerate(structures.values(), start=1))
+
+
+def _label_array(
+    container: Folder | Archive, label_map: str, scan: Scan, source: str, volume: int, *, is_mask: bool
+) -> np.ndarray:
+    name, _, member = label_map.partition("#")
+    if not container.holds(name):
+        raise ReadError(source, "The label map that annotations.json or the layout names is not there.", "Add it.")
+    with container.local([name, *detached(container, name)]) as paths:
+        return load_label_map(paths[name], scan, source, volume=volume, member=member, is_mask=is_mask)
+
+
+def load_label_map(
+    path: Path, scan: Scan, source: str, *, volume: int = 0, member: str = "", is_mask: bool = False
+) -> np.ndarray:
     """A label map on the grid of its scan, uint8 `(Z, Y, X)`; stored with other axes or flips, it is turned.
+
+    Args:
+        path: NIfTI, NRRD, MetaImage or NumPy.
+        scan: The volume that it labels.
+        source: Name of the volume in errors.
+        volume: Which label map of a file with several.
+        member: Array of a `.npz` file.
+        is_mask: Every value but zero counts as one.
 
     Raises:
         ReadError: If it cannot be read, lies on another grid, or holds other than whole numbers up to 255.
     """
-    try:
-        with quiet_libraries():
-            image = nib.Nifti1Image.from_filename(path)
-            # The header is checked first: it may declare an array of any size.
-            if sorted(image.shape) != sorted(scan.image.shape):
-                raise _wrong_shape(image.shape[::-1], scan, source)
-            labels, affine = np.asanyarray(image.dataobj), np.asarray(image.affine, dtype=np.float64)
-    except ReadError:
-        raise
-    except NIFTI_ERRORS as error:
-        reason = f"The label map cannot be read ({type(error).__name__})."
-        raise ReadError(source, reason, "Repair it; the volume was kept.") from error
+    labels, affine = _label_voxels(path, scan, source, volume, member)
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
         raise ReadError(source, "The affine of the label map is singular.", "Repair it; the volume was kept.")
     transform = nib.orientations.io_orientation(np.linalg.inv(scan.affine) @ affine)
@@ -221,9 +296,41 @@ def load_label_map(path: Path, scan: Scan, source: str) -> np.ndarray:
     turned_affine = affine @ nib.orientations.inv_ornt_aff(transform, labels.shape)
     _check_grid(turned.shape, turned_affine, scan, source)
     values = turned.transpose(2, 1, 0)
+    if is_mask:
+        return np.ascontiguousarray((values != 0).astype(np.uint8))
     if values.min() < 0 or values.max() > 255 or (values != np.round(values)).any():
         raise ReadError(source, "The label map holds other than whole numbers from 0 to 255.", "The volume was kept.")
     return np.ascontiguousarray(values.astype(np.uint8))
+
+
+def _label_voxels(path: Path, scan: Scan, source: str, volume: int, member: str) -> tuple[np.ndarray, np.ndarray]:
+    """Labels `(X, Y, Z)` as stored, and their affine; the shape is checked before memory is taken where it can be."""
+    kind = kind_of(path.name)
+    if kind == "numpy":
+        array = load_array(path, member, source, ReadLimits())
+        # Samples of one slice have no slice axis; a single array has no sample axis.
+        chosen = array[volume] if array.ndim == 4 or (array.ndim == 3 and scan.image.shape[0] == 1) else array
+        if chosen.size != scan.image.size:
+            raise _wrong_shape(chosen.shape, scan, source)
+        return chosen.reshape(scan.image.shape).transpose(2, 1, 0), scan.affine
+    if kind:
+        labels, affine = load(path, path.name, ReadLimits())
+        if sorted(labels.shape[:3]) != sorted(scan.image.shape):
+            raise _wrong_shape(labels.shape[2::-1], scan, source)
+        return labels[..., volume if labels.shape[3] > 1 else 0], affine
+    try:
+        with quiet_libraries():
+            image = nib.Nifti1Image.from_filename(path)
+            # The header is checked first: it may declare an array of any size.
+            if sorted(image.shape[:3]) != sorted(scan.image.shape) or len(image.shape) > 4:
+                raise _wrong_shape(image.shape[::-1], scan, source)
+            voxels = image.dataobj if len(image.shape) == 3 else image.dataobj[..., min(volume, image.shape[3] - 1)]
+            return np.asanyarray(voxels), np.asarray(image.affine, dtype=np.float64)
+    except ReadError:
+        raise
+    except NIFTI_ERRORS as error:
+        reason = f"The label map cannot be read ({type(error).__name__})."
+        raise ReadError(source, reason, "Repair it; the volume was kept.") from error
 
 
 def _wrong_shape(shape: tuple[int, ...], scan: Scan, source: str) -> ReadError:

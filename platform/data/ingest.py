@@ -27,7 +27,9 @@ import ray.data
 from omnimri.platform.cluster import quiet_ray_data
 from omnimri.platform.data import deid
 from omnimri.platform.data.annotations import Annotation, Sidecars, parse_sidecars
+from omnimri.platform.data.catalogue import DatasetEntry, catalogue, find_dataset, suggestion
 from omnimri.platform.data.draft import Draft, open_draft
+from omnimri.platform.data.layout import CARD_KEY, Layouts
 from omnimri.platform.data.quality import QualityLimits, near_copies
 from omnimri.platform.data.readers import ANNOTATIONS_NAME, Probe, WorkItem, group, probe_files
 from omnimri.platform.data.records import ReadError, ReadLimits
@@ -51,7 +53,8 @@ class IngestConfig:
     """How a corpus is made from files."""
 
     dataset: str | None = None
-    """Name of the data set; None takes it from dataset.json or dataset_description.json of the source."""
+    """Name of the data set; None takes it from dataset.json or dataset_description.json of the source. A name of the
+    catalogue also reads the sources in the layout that the catalogue describes."""
     licence: str | None = None
     """Licence of the data set; None takes it from the same file."""
     seed: int = 0
@@ -124,11 +127,12 @@ def ingest(sources: Sequence[Path], out: Path, config: IngestConfig) -> IngestSu
     """
     out = out.absolute()
     opened, errors = open_sources(sources, config.limits)
-    request = _fingerprint(opened, config)
+    layouts = Layouts(opened, _catalogued_roots(opened, config), config.limits)
+    request = _fingerprint(opened, config, layouts)
     if (done := _existing(out, request, config.overwrite)) is not None:
         return done
     key = deid.load_key(out.with_name(f"{out.name}.key"))
-    planned, plan_errors = _plan(opened, key, config)
+    planned, plan_errors = _plan(opened, layouts, key, config)
     with open_draft(out, deid.pseudonym(key, "draft", request)) as draft:
         rows, rejects = _read_and_write(planned, draft, config)
         rows, duplicates = _without_duplicates(rows)
@@ -149,10 +153,11 @@ def ingest(sources: Sequence[Path], out: Path, config: IngestConfig) -> IngestSu
     return _summary(out, tables, reused=False)
 
 
-def _fingerprint(sources: Sequence[Source], config: IngestConfig) -> str:
+def _fingerprint(sources: Sequence[Source], config: IngestConfig, layouts: Layouts) -> str:
     """SHA-256 of what was asked for: files with their sizes and times, and the settings that change the result."""
     settings = dataclasses.asdict(config)
     del settings["overwrite"]
+    settings["layouts"] = [repr(entry) for entry in layouts.entries]
     digest = hashlib.sha256(json.dumps([SCHEMA_VERSION, INTAKE_VERSION, settings], sort_keys=True).encode())
     for source in sources:
         root = source.container.path
@@ -180,7 +185,9 @@ def _existing(out: Path, request: str, overwrite: bool) -> IngestSummary | None:
     return _summary(out, json.loads((out / SUMMARY_NAME).read_text(encoding="utf-8")), reused=True)
 
 
-def _plan(sources: Sequence[Source], key: bytes, config: IngestConfig) -> tuple[list[PlannedItem], list[ReadError]]:
+def _plan(
+    sources: Sequence[Source], layouts: Layouts, key: bytes, config: IngestConfig
+) -> tuple[list[PlannedItem], list[ReadError]]:
     """Probe every file, group series, and decide pseudonyms and splits. Raw identifiers end here."""
     probes = _probe_all(sources, config)
     found: list[tuple[WorkItem, Annotation | None, DatasetCard]] = []
@@ -188,12 +195,16 @@ def _plan(sources: Sequence[Source], key: bytes, config: IngestConfig) -> tuple[
     for source, probed in zip(sources, probes, strict=True):
         sidecars, refused = parse_sidecars(_contents(source, (ANNOTATIONS_NAME,)), source.prefix)
         cards = _dataset_cards(source)
-        items, failed = group(probed, source, label_maps=sidecars.label_maps())
-        errors += [*refused, *failed]
+        kept, label_maps, left_out = layouts.place(source, probed)
+        items, failed = group(kept, source, label_maps=sidecars.label_maps() | label_maps)
+        errors += [*refused, *left_out, *failed]
         for item in items:
             annotation, refusal = _annotation(sidecars, item)
+            if annotation is None and not refusal:
+                annotation, refusal = layouts.annotation(source, item)
             errors += refusal
-            found.append((item, annotation, _card_of(item, cards, config)))
+            entry = layouts.entry_of(source.prefix + item.names[0])
+            found.append((item, annotation, _card_of(item, cards, config, entry)))
     found.sort(key=lambda entry: (entry[0].source, entry[0].series))
     patients = [(card.name, _patient(item, annotation)) for item, annotation, card in found]
     splits = deid.assign_splits(patients, config.split_fractions, seed=config.seed, by=config.split_by)
@@ -254,10 +265,42 @@ def _dataset_cards(source: Source) -> dict[str, DatasetCard]:
     return cards
 
 
-def _card_of(item: WorkItem, cards: dict[str, DatasetCard], config: IngestConfig) -> DatasetCard:
-    """The nearest card at or above a series, with what the configuration says instead."""
+def _catalogued_roots(sources: Sequence[Source], config: IngestConfig) -> dict[str, DatasetEntry]:
+    """Folder to the catalogued layout of what lies below it: named by the configuration, or by a dataset.json.
+
+    Raises:
+        ValueError: If a dataset.json names a layout that is not in the catalogue.
+    """
+    if config.dataset is not None and config.dataset in catalogue():
+        return {"": catalogue()[config.dataset]}
+    if config.dataset is not None and (close := suggestion(config.dataset)):
+        logger.warning("%s is not in the catalogue, so no layout is assumed.%s", config.dataset, close)
+    roots = {}
+    for source in sources:
+        for name, content in _contents(source, ("dataset.json",)).items():
+            layout = _json_object(content).get(CARD_KEY)
+            if isinstance(layout, str):
+                roots[(source.prefix + name).rpartition("/")[0]] = find_dataset(layout)
+    return roots
+
+
+def _json_object(content: bytes) -> dict[str, Any]:
+    """A JSON object; empty where the content is none."""
+    try:
+        document = json.loads(content)
+    except ValueError:
+        return {}
+    return document if isinstance(document, dict) else {}
+
+
+def _card_of(
+    item: WorkItem, cards: dict[str, DatasetCard], config: IngestConfig, entry: DatasetEntry | None = None
+) -> DatasetCard:
+    """The nearest card at or above a series, with what the catalogue or the configuration says instead."""
     near = [cards[str(folder)] for folder in PurePosixPath(item.names[0]).parents if str(folder) in cards]
     card = near[0] if near else DatasetCard(name=UNNAMED_DATASET, licence=None, simulated=False)
+    if entry is not None:
+        card = dataclasses.replace(card, name=entry.name, licence=entry.stated_licence or card.licence)
     return dataclasses.replace(card, name=config.dataset or card.name, licence=config.licence or card.licence)
 
 

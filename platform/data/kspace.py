@@ -27,7 +27,7 @@ from omnimri.platform.data.records import (
     check_array_bytes,
     quiet_libraries,
 )  # fmt: skip
-from omnimri.platform.data.sequences import Header, classify
+from omnimri.platform.data.sequences import contrast_of
 
 with warnings.catch_warnings():
     # ismrmrd.hdf5 sets the process's warning filter to "default" when it is imported.
@@ -47,6 +47,9 @@ _OTHER_SCANS = (
 
 _FASTMRI_ORIENTATION = {"AX": ("axial", "brain"), "COR": ("coronal", "knee")}
 """Prefix of fastMRI's `acquisition` attribute (AXT2, CORPDFS_FBK) and what it stands for."""
+
+KSPACE_NAMES = ("kspace", "kspace_full", "kus")
+"""Arrays of raw data at the top of an HDF5 file; MATLAB v7.3 files are HDF5 too."""
 
 _PADDING_TOLERANCE = 2
 """Lines by which zero padding left and right may differ; more is partial Fourier."""
@@ -86,7 +89,7 @@ class RawKeys:
     """What a probe learns from an HDF5 file without reading k-space."""
 
     layout: str
-    """`fastmri` or `ismrmrd`."""
+    """`fastmri`, `ismrmrd`, or one of `kspace_layouts.LAYOUTS`."""
     patient: str
     study: str
 
@@ -99,8 +102,8 @@ def probe(path: Path, source: str) -> RawKeys:
     """
     stem = PurePosixPath(source).name.split(".")[0]
     try:
-        with quiet_libraries(), _open(path, source) as (file, layout, group):
-            if layout == "fastmri":
+        with quiet_libraries(), open_kspace(path, source) as (file, layout, group):
+            if layout != "ismrmrd":
                 patient = _text(file.attrs.get("patient_id")) or stem
                 return RawKeys(layout, patient, patient)
             header = _header(group["xml"][0], source)
@@ -121,7 +124,7 @@ def read_kspace(path: Path, source: str, limits: ReadLimits) -> tuple[list[Serie
     """
     try:
         keys = probe(path, source)
-        with quiet_libraries(), _open(path, source) as (file, layout, group):
+        with quiet_libraries(), open_kspace(path, source) as (file, layout, group):
             scans = [_read_fastmri(file, source, limits)] if layout == "fastmri" else _read_ismrmrd(
                 group, source, limits
             )  # fmt: skip
@@ -139,7 +142,7 @@ def read_kspace(path: Path, source: str, limits: ReadLimits) -> tuple[list[Serie
 
 
 @contextlib.contextmanager
-def _open(path: Path, source: str) -> Iterator[tuple[h5py.File, str, h5py.Group]]:
+def open_kspace(path: Path, source: str) -> Iterator[tuple[h5py.File, str, h5py.Group]]:
     """The open file, its layout and the group that holds it.
 
     Raises:
@@ -151,21 +154,34 @@ def _open(path: Path, source: str) -> Iterator[tuple[h5py.File, str, h5py.Group]
                 raise ReadError(source, "The HDF5 file links to other places.", "Copy the data into one file.")
         groups = {name: item for name, item in file.items() if isinstance(item, h5py.Group)}
         raw = [name for name, group in groups.items() if "xml" in group and "data" in group]
-        if "kspace" in file:
-            layout, group = "fastmri", file
+        array = next((name for name in KSPACE_NAMES if isinstance(file.get(name), h5py.Dataset)), None)
+        if array:
+            layout, group = _array_layout(file, array), file
         elif raw:
             layout, group = "ismrmrd", groups["dataset" if "dataset" in raw else raw[0]]
         else:
             found = ", ".join(sorted(file)[:6]) or "nothing"
             raise ReadError(
                 source, f"HDF5 without k-space that we know; it holds: {found}.",
-                "Expected `kspace` (fastMRI) or a group with `xml` and `data` (ISMRMRD).",
+                "Expected `kspace` (fastMRI), `kspace_full` (CMRxRecon) or a group with `xml` and `data` (ISMRMRD).",
             )  # fmt: skip
-        for name in ("kspace", "data", "xml", "mask", "ismrmrd_header"):
+        for name in (*KSPACE_NAMES, "data", "xml", "mask", "ismrmrd_header"):
             dataset = group.get(name)
             if isinstance(dataset, h5py.Dataset) and (dataset.external or dataset.is_virtual):
                 raise ReadError(source, "The HDF5 file keeps its data in other files.", "Copy the data into one file.")
         yield file, layout, group
+
+
+def _array_layout(file: h5py.File, name: str) -> str:
+    """The layout of k-space in one array, by its type, its axes and what lies beside it (`kspace_layouts`)."""
+    dataset = file[name]
+    if dataset.dtype.names == ("real", "imag") or (dataset.dtype.names is None and name != "kspace"):
+        return "cmrxrecon"
+    if dataset.ndim == 4 and np.issubdtype(dataset.dtype, np.floating):
+        return "cc359"
+    if dataset.ndim == 5:
+        return "skm-tea" if "maps" in file or "target" in file else "fastmri-prostate"
+    return "fastmri"
 
 
 def _text(value: Any) -> str:
@@ -208,7 +224,7 @@ def _read_fastmri(file: h5py.File, source: str, limits: ReadLimits) -> Scan:
     image = root_sum_of_squares_image(kspace)
     affine, is_oriented = _fastmri_affine(file, spacing, image.shape)
     facts = _fastmri_facts(file, header, affine, is_oriented)
-    return Scan(image=image, affine=affine, kspace=kspace, mask=_mask_or_none(mask), facts=facts)
+    return Scan(image=image, affine=affine, kspace=kspace, mask=mask_or_none(mask), facts=facts)
 
 
 def _fastmri_grid(header: Any, shape: tuple[int, ...]) -> tuple[tuple[float, float, float], int]:
@@ -243,7 +259,7 @@ def _fastmri_affine(
 def _fastmri_facts(file: h5py.File, header: Any, affine: np.ndarray, is_oriented: bool) -> Facts:
     acquisition = _text(file.attrs.get("acquisition"))
     facts: Facts = ismrmrd_facts(header, affine) if header is not None else {"plane": plane(affine)}
-    facts["contrast"] = classify(Header(texts=(acquisition,))).contrast or facts.get("contrast")
+    facts["contrast"] = contrast_of(acquisition) or facts.get("contrast")
     prefix = next((key for key in _FASTMRI_ORIENTATION if acquisition.startswith(key)), None)
     known_plane, known_part = _FASTMRI_ORIENTATION.get(prefix or "", (None, None))
     if not is_oriented:
@@ -252,7 +268,7 @@ def _fastmri_facts(file: h5py.File, header: Any, affine: np.ndarray, is_oriented
     return facts
 
 
-def _mask_or_none(mask: np.ndarray) -> np.ndarray | None:
+def mask_or_none(mask: np.ndarray) -> np.ndarray | None:
     """The mask, or None when only zero padding on both sides is missing (an interpolated, fully sampled grid)."""
     if not mask.any():
         return mask
@@ -339,7 +355,7 @@ def _ismrmrd_volume(
     kspace, mask = _grid_lines(acquisitions, encoding, rank, num_coils, source)
     image = root_sum_of_squares_image(kspace)
     facts = ismrmrd_facts(header, affine, echo=echo)
-    return Scan(image=image, affine=affine, kspace=kspace, mask=_mask_or_none(mask), facts=facts)
+    return Scan(image=image, affine=affine, kspace=kspace, mask=mask_or_none(mask), facts=facts)
 
 
 def _grid_lines(

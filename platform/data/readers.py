@@ -1,4 +1,4 @@
-"""Find the volumes of a file, folder or zip, and read them: DICOM, NIfTI, fastMRI and ISMRMRD.
+"""Find the volumes of a file, folder or zip, and read them: DICOM, NIfTI, NRRD, MetaImage, NumPy and k-space.
 
 Reading is in two steps. `probe_files` looks at headers only and `group` makes one work item of each series; `read_item`
 then reads one item and returns what failed beside what was read. `ingest` runs both steps on many machines; `read_path`
@@ -9,23 +9,33 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from omnimri.platform.data import dicom, dicom_labels, kspace, nifti
+from omnimri.platform.data import dicom, dicom_labels, kspace, kspace_layouts, nifti, volumes
 from omnimri.platform.data.records import UNREADABLE, ReadError, ReadLimits, SeriesRecord
 from omnimri.platform.data.sources import Archive, Folder, Source, open_container, open_sources
 
 ANNOTATIONS_NAME = "annotations.json"
 
+VOLUME_KINDS = (
+    "dicom", "nifti", "nrrd", "metaimage", "numpy", "fastmri", "ismrmrd", *kspace_layouts.LAYOUTS,
+)  # fmt: skip
+"""Kinds of files that hold volumes; their records carry the same word as `source_format`."""
+
+_FORMATS = "DICOM, NIfTI, NRRD, MetaImage, NumPy arrays, fastMRI, CMRxRecon and ISMRMRD HDF5"
 _HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
+_MATLAB_HDF5 = b"MATLAB 7.3 MAT-file"
+_MATLAB_OLD = b"MATLAB 5.0 MAT-file"
 _DICOM_SUFFIXES = frozenset({"", ".dcm", ".ima", ".dicom"})
-_AUXILIARY_SUFFIXES = frozenset({".json", ".tsv", ".csv", ".bval", ".bvec", ".txt", ".md", ".rst", ".html", ".pdf"})
+_AUXILIARY_SUFFIXES = frozenset(
+    {".json", ".tsv", ".csv", ".bval", ".bvec", ".bvals", ".bvecs", ".cfg", ".txt", ".md", ".rst", ".html", ".pdf"}
+)
 _AUXILIARY_NAMES = frozenset({"DICOMDIR", "README", "CHANGES", "LICENSE", "LICENCE", "VERSION"})
 _CONVERTIBLE = {
     ".par": "Philips PAR/REC", ".rec": "Philips PAR/REC", ".mgz": "FreeSurfer MGH", ".mgh": "FreeSurfer MGH",
     ".mnc": "MINC", ".hdr": "Analyze or NIfTI pair", ".img": "Analyze or NIfTI pair", ".brik": "AFNI", ".head": "AFNI",
-    ".nrrd": "NRRD", ".mha": "MetaImage", ".dat": "vendor raw data", ".mrd": "streamed MRD", ".7": "vendor raw data",
+    ".dat": "vendor raw data", ".mrd": "streamed MRD", ".7": "vendor raw data",
 }  # fmt: skip
 _LABEL_ENDINGS = ("_dseg", "_mask", "_probseg")
 """BIDS suffixes of NIfTI files that hold labels, not images."""
@@ -38,7 +48,7 @@ class Probe:
     name: str
     """Relative to its container."""
     kind: str
-    """`dicom`, `dicom label`, `nifti`, `fastmri`, `ismrmrd`, `auxiliary` or `rejected`."""
+    """Of VOLUME_KINDS, or `dicom label`, `label`, `auxiliary` or `rejected`."""
     num_bytes: int = 0
     series: str = ""
     """Files of one kind with the same series belong together. A label object is a series of its own."""
@@ -47,6 +57,12 @@ class Probe:
     instance: str = ""
     patient: str = ""
     study: str = ""
+    member: str = ""
+    """Array of an archive of arrays."""
+    samples: bool = False
+    """The first axis of the array counts samples."""
+    companion: str = ""
+    """File with the voxels of a detached header."""
     reason: str = ""
     hint: str = ""
 
@@ -64,10 +80,15 @@ class WorkItem:
     """How records and the ledger call it: relative to what the caller named."""
     num_bytes: int
     sidecar: str = ""
+    """JSON beside a NIfTI file, or the voxels of a detached header."""
     labels: tuple[str, ...] = ()
     """DICOM segmentations and RT structure sets that refer to the series, relative to the container."""
     prefix: str = ""
     """What the ledger puts before names of the container."""
+    member: str = ""
+    """Array of an archive of arrays."""
+    samples: bool = False
+    """The first axis of the array counts samples."""
     patient: str = ""
     study: str = ""
     series: str = ""
@@ -102,7 +123,18 @@ def read_path(path: Path, limits: ReadLimits | None = None) -> tuple[list[Series
 
 def probe_files(container: Folder | Archive, sizes: Mapping[str, int]) -> list[Probe]:
     """Look at the headers of some files of a container (name to bytes); never raises for what a file holds."""
-    return [_probe(container, name, num_bytes) for name, num_bytes in sizes.items()]
+    probes = (_probe(container, name, num_bytes) for name, num_bytes in sizes.items())
+    return [part for probe in probes for part in _members(container, probe)]
+
+
+def _members(container: Folder | Archive, probe: Probe) -> list[Probe]:
+    """One probe for each array of an archive of arrays; any other probe as it is."""
+    if probe.kind != "numpy" or not probe.name.lower().endswith(".npz"):
+        return [probe]
+    with container.local([probe.name]) as paths, paths[probe.name].open("rb") as stream:
+        members = volumes.array_members(stream, probe.name)
+    keys = ((member, f"{probe.series}#{member}", f"{probe.patient}#{member}") for member in members)
+    return [replace(probe, member=member, series=series, patient=patient) for member, series, patient in keys]
 
 
 def _probe(container: Folder | Archive, name: str, num_bytes: int) -> Probe:
@@ -133,7 +165,11 @@ def _identify(container: Folder | Archive, name: str, num_bytes: int) -> Probe:
         return Probe(name=name, kind="nifti", num_bytes=num_bytes, patient=patient, study=study, series=series)
     with container.open(name) as stream:
         head = stream.read(132)
-    if head.startswith(_HDF5_MAGIC):
+    if kind := volumes.kind_of(name):
+        return _volume_probe(container, name, kind, num_bytes)
+    if head.startswith(_MATLAB_OLD):
+        raise ReadError(name, "A MATLAB file of version 5, expected 7.3.", "Save it again with `save -v7.3`.")
+    if head.startswith((_HDF5_MAGIC, _MATLAB_HDF5)):
         with container.local([name]) as paths:
             keys = kspace.probe(paths[name], name)
         return Probe(
@@ -161,9 +197,23 @@ def _identify(container: Folder | Archive, name: str, num_bytes: int) -> Probe:
         raise ReadError(name, "A zip inside a folder or zip.", "Name it as a source of its own, or unpack it.")
     if suffix in _CONVERTIBLE:
         raise ReadError(name, f"{_CONVERTIBLE[suffix]} is not read.", "Convert it to NIfTI or ISMRMRD HDF5.")
-    raise ReadError(
-        name, f"Unknown file type {suffix or 'without extension'}.", "Read are DICOM, NIfTI, fastMRI and ISMRMRD HDF5."
-    )
+    raise ReadError(name, f"Unknown file type {suffix or 'without extension'}.", f"Read are {_FORMATS}.")
+
+
+def _volume_probe(container: Folder | Archive, name: str, kind: str, num_bytes: int) -> Probe:
+    """The probe of a NRRD, MetaImage or NumPy file.
+
+    Raises:
+        ReadError: If it is none.
+    """
+    with container.open(name) as stream:
+        header = volumes.array_members(stream, name) if kind == "numpy" else volumes.read_header(stream, name)
+    companion = "" if isinstance(header, tuple) else header.data_file
+    patient, study, series = volumes.keys(name)
+    return Probe(
+        name=name, kind=kind, num_bytes=num_bytes, series=series, patient=patient, study=study,
+        companion=PurePosixPath(name).with_name(companion).as_posix() if companion else "",
+    )  # fmt: skip
 
 
 def group(
@@ -181,18 +231,19 @@ def group(
     """
     series: dict[tuple[str, str], dict[str, Probe]] = defaultdict(dict)
     refused: dict[tuple[str, str, str], list[str]] = defaultdict(list)
-    for probe in sorted(probes, key=lambda p: p.name):
+    ordered = sorted(probes, key=lambda p: p.name)
+    companions = {probe.companion for probe in ordered} | label_maps
+    for probe in ordered:
         path = PurePosixPath(probe.name)
         # Instances of one folder that are refused for one reason share a line; every other file has a line of its own.
         folder = path.parent.as_posix() if path.suffix.lower() in _DICOM_SUFFIXES else probe.name
-        if probe.kind in ("dicom", "dicom label", "nifti", "fastmri", "ismrmrd") and probe.name not in label_maps:
+        if probe.kind in (*VOLUME_KINDS, "dicom label") and probe.name not in label_maps:
             members = series[(probe.kind, probe.series)]
             first = members.setdefault(probe.instance or probe.name, probe)
             if first is not probe:
-                first_folder = f"{source.prefix}{PurePosixPath(first.name).parent}/"
-                hint = f"Nothing to do: the one in {first_folder} is enough."
+                hint = f"Nothing to do: the one in {source.prefix}{PurePosixPath(first.name).parent}/ is enough."
                 refused[(folder, "A copy of an instance that is there already.", hint)].append(probe.name)
-        elif refusal := _refusal(probe, label_maps, source.named_alone):
+        elif probe.name not in companions and (refusal := _refusal(probe, source.named_alone)):
             refused[(folder, *refusal)].append(probe.name)
     label_objects = [next(iter(m.values())) for (kind, _), m in series.items() if kind == "dicom label"]
     known = {uid for kind, uid in series if kind == "dicom"}
@@ -213,14 +264,14 @@ def group(
     return sorted(items, key=lambda i: (i.source, i.series)), sorted(errors, key=lambda e: (e.source, e.reason))
 
 
-def _refusal(probe: Probe, label_maps: frozenset[str], named_alone: bool) -> tuple[str, str] | None:
+def _refusal(probe: Probe, named_alone: bool) -> tuple[str, str] | None:
     """Reason and hint of a file that is no volume; None for what merely lies beside volumes."""
     if probe.kind == "rejected":
         return probe.reason, probe.hint
-    if probe.kind == "label" and probe.name not in label_maps:
+    if probe.kind == "label":
         return "A label map that no annotations.json names.", "List it under its series in annotations.json."
     if probe.kind == "auxiliary" and named_alone:
-        return "Not an image.", "Read are DICOM, NIfTI, fastMRI and ISMRMRD HDF5."
+        return "Not an image.", f"Read are {_FORMATS}."
     return None
 
 
@@ -234,11 +285,13 @@ def _work_item(kind: str, members: list[Probe], labels: list[Probe], source: Sou
         kind=kind,
         container=str(source.container.path.absolute()),
         names=files,
-        source=source.prefix + name,
+        source=source.prefix + name + (f"#{members[0].member}" if members[0].member else ""),
         num_bytes=sum(probe.num_bytes for probe in (*members, *labels)),
-        sidecar=sidecar if kind == "nifti" and source.container.holds(sidecar) else "",
+        sidecar=sidecar if kind == "nifti" and source.container.holds(sidecar) else members[0].companion,
         labels=tuple(probe.name for probe in labels),
         prefix=source.prefix,
+        member=members[0].member,
+        samples=members[0].samples,
         patient=members[0].patient,
         study=members[0].study,
         series=members[0].series,
@@ -266,4 +319,8 @@ def _read_local(
         return dicom.read_series([paths[name] for name in item.names], item.source, limits, labels)
     if item.kind == "nifti":
         return nifti.read_nifti(first, item.source, limits, paths.get(item.sidecar))
+    if item.kind in kspace_layouts.LAYOUTS:
+        return kspace_layouts.read_layout(first, item.source, limits)
+    if volumes.kind_of(first.name):
+        return volumes.read_volume(first, item.source, limits, member=item.member, samples=item.samples)
     return kspace.read_kspace(first, item.source, limits)

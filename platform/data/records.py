@@ -64,7 +64,7 @@ class SeriesRecord:
     source: str
     """Path relative to what the caller named."""
     source_format: str
-    """`dicom`, `nifti`, `fastmri` or `ismrmrd`."""
+    """Of `readers.VOLUME_KINDS`."""
     patient_key: str
     study_key: str
     series_key: str

@@ -38,7 +38,7 @@ SCHEMA = pa.schema(
         ("patient_id", pa.string()),
         ("study_id", pa.string()),
         ("series_id", pa.string()),
-        ("source_format", pa.string()),  # dicom | nifti | fastmri | ismrmrd
+        ("source_format", pa.string()),  # dicom, nifti, fastmri, ismrmrd, nrrd... (see readers.VOLUME_KINDS)
         ("simulated", pa.bool_()),
         # The volume on its native grid; see omnimri.models.scan.Scan for the conventions.
         ("image", ARRAY),  # float32 (Z, Y, X)

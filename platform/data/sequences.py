@@ -102,6 +102,11 @@ def classify(header: Header) -> SequenceClass:
     )
 
 
+def contrast_of(*texts: object) -> str | None:
+    """The contrast that one of the texts names, the first that does."""
+    return classify(Header(texts=texts)).contrast
+
+
 def _words(text: object) -> str:
     return str(text or "").lower().replace("_", " ")
 

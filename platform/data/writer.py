@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from omnimri.models.scan import Scan
-from omnimri.platform.data.annotations import Annotation, check_boxes, load_label_map, merge_facts
+from omnimri.platform.data.annotations import Annotation, check_boxes, merge_facts, placed_boxes, read_labels
 from omnimri.platform.data.deid import scrub, whitelisted
 from omnimri.platform.data.quality import QualityLimits, fingerprint, image_quality, quality_flags
 from omnimri.platform.data.readers import WorkItem, read_item
@@ -111,7 +111,7 @@ def make_row(
 ) -> tuple[dict[str, Any], list[ReadError]]:
     """The row of one volume, and what of its annotation did not fit."""
     scan = record.scan
-    annotation = plan.annotation or Annotation()
+    annotation = (plan.annotation or Annotation()).of_volume(record.volume)
     label_map, label_names, boxes, errors = _fitted(annotation, record, plan.item, limits)
     facts = whitelisted(merge_facts(scan.facts, annotation))
     measured = image_quality(scan.image, label_map, label_names)
@@ -158,23 +158,18 @@ def face_flags(scan: Scan, measured: Mapping[str, float | None], plan: PlannedIt
 def _fitted(
     annotation: Annotation, record: SeriesRecord, item: WorkItem, limits: ReadLimits
 ) -> tuple[np.ndarray | None, dict[int, str], list[dict[str, Any]] | None, list[ReadError]]:
-    """Label map with its names, and boxes, as far as they fit the volume.
+    """Label map with the names of its values, and boxes, as far as they fit the volume.
 
     A label map that the annotation names wins over what came with the series, which is used where it does not fit.
     """
-    label_map, label_names, boxes, errors = record.label_map, record.label_names, annotation.boxes, []
-    source = record.source
-    if annotation.label_map:
+    source, boxes = record.source, placed_boxes(annotation, record.scan.image.shape)
+    label_map, label_names, errors = record.label_map, record.label_names, []
+    if annotation.label_map or annotation.structures:
         container = open_container(Path(item.container), limits)
-        if container.holds(annotation.label_map):
-            try:
-                with container.local([annotation.label_map]) as paths:
-                    label_map = load_label_map(paths[annotation.label_map], record.scan, source)
-                    label_names = annotation.label_names
-            except ReadError as error:
-                errors.append(error)
-        else:
-            errors.append(ReadError(source, "The label map that annotations.json names is not there.", "Add it."))
+        try:
+            label_map, label_names = read_labels(annotation, container, record.scan, source, record.volume)
+        except ReadError as error:
+            errors.append(error)
     try:
         check_boxes(boxes or [], record.scan.image.shape)
     except ValueError as error:
