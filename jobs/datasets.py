@@ -22,7 +22,15 @@ import textwrap
 from collections.abc import Sequence
 
 from omnimri.jobs.command import job_parser, run_job
-from omnimri.platform.data.catalogue import ANATOMIES, FAMILIES, TASKS, DatasetEntry, ImageRule, catalogue, find_dataset
+from omnimri.platform.data.catalogue.entries import (
+    ANATOMIES,
+    FAMILIES,
+    TASKS,
+    DatasetEntry,
+    ImageRule,
+    catalogue,
+    find_dataset,
+)
 
 _WIDTH = 110
 _COLUMNS = ("name", "anatomy", "tasks", "licence", "access", "evidence")

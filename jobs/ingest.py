@@ -20,7 +20,7 @@ which is made on first use (mode 0600): keep it apart from the data. Patients ar
 split depends on --seed and not on the key.
 
 A file annotations.json beside or above a series adds label maps, boxes, diagnoses and reports
-(omnimri.platform.data.annotations); dataset.json or the dataset_description.json of BIDS adds name and licence.
+(omnimri.platform.data.intake.annotations); dataset.json or the dataset_description.json of BIDS adds name and licence.
 
 A public data set is read in its own layout when --dataset names it as `omnimri datasets` lists it, or when a file
 dataset.json with {"catalogue": NAME} lies in its folder: patients, contrasts, label maps, diagnoses, boxes and reports
@@ -42,8 +42,8 @@ from pathlib import Path
 
 from omnimri.jobs.command import job_parser, run_job
 from omnimri.platform.cluster import ensure_ray
-from omnimri.platform.data.ingest import IngestConfig, IngestSummary, ingest
-from omnimri.platform.data.summary import format_summary
+from omnimri.platform.data.intake.ingest import IngestConfig, IngestSummary, ingest
+from omnimri.platform.data.intake.summary import format_summary
 from omnimri.platform.overrides import apply_overrides
 
 

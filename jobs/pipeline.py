@@ -29,7 +29,7 @@ from pathlib import Path
 from omnimri.jobs.command import job_parser, run_job
 from omnimri.platform.cluster import ensure_ray
 from omnimri.platform.corpus.corpus import CorpusConfig, write_corpus
-from omnimri.platform.data.summary import format_summary
+from omnimri.platform.data.intake.summary import format_summary
 from omnimri.platform.evaluation.summary import format_table
 from omnimri.platform.overrides import apply_overrides
 from omnimri.platform.pipeline import EVALUATION, SHARDS, PipelineConfig, PipelineResult, run_pipeline

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from omnimri.platform import registry
-from omnimri.platform.data.ingest import IngestConfig, IngestSummary, ingest
-from omnimri.platform.data.report import REPORT_NAME
+from omnimri.platform.data.intake.ingest import IngestConfig, IngestSummary, ingest
+from omnimri.platform.data.intake.report import REPORT_NAME
 from omnimri.platform.data.shards import Shards
 from omnimri.platform.evaluation.config import EvaluateConfig
 from omnimri.platform.evaluation.evaluate import evaluate, log_evaluation

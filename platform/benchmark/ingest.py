@@ -23,13 +23,13 @@ import pydicom
 import ray
 
 from omnimri.models.scan import Scan
-from omnimri.platform.data.ingest import IngestConfig, ingest
-from omnimri.platform.data.quality import QualityLimits
-from omnimri.platform.data.readers import WorkItem, group, probe_files
-from omnimri.platform.data.records import ReadLimits, SeriesRecord
+from omnimri.platform.data.formats.readers import WorkItem, group, probe_files
+from omnimri.platform.data.formats.records import ReadLimits, SeriesRecord
+from omnimri.platform.data.formats.sources import open_sources
+from omnimri.platform.data.intake.ingest import IngestConfig, ingest
+from omnimri.platform.data.intake.quality import QualityLimits
+from omnimri.platform.data.intake.writer import PlannedItem, make_row, write_shard
 from omnimri.platform.data.schema import SCHEMA
-from omnimri.platform.data.sources import open_sources
-from omnimri.platform.data.writer import PlannedItem, make_row, write_shard
 
 _KINDS = ("dicom", "nifti")
 

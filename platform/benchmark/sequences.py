@@ -15,8 +15,8 @@ from typing import Any
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from omnimri.platform.data.facts import age_years, body_part, sex, vendor
-from omnimri.platform.data.sequences import Header, SequenceClass, classify
+from omnimri.platform.data.formats.facts import age_years, body_part, sex, vendor
+from omnimri.platform.data.formats.sequences import Header, SequenceClass, classify
 
 COLUMNS = (
     "Modality", "SeriesDescription", "StudyDescription", "BodyPartExamined", "Manufacturer", "PatientSex", "PatientAge"

@@ -17,7 +17,7 @@ from typing import Any
 
 from pydicom.dataset import Dataset
 
-from omnimri.platform.data.facts import Facts
+from omnimri.platform.data.formats.facts import Facts
 from omnimri.platform.data.schema import FACTS
 
 KEY_VARIABLE = "OMNIMRI_DEID_KEY"

@@ -25,7 +25,7 @@ BOX = pa.struct(
 )
 
 QUALITY_MEASURES = ("snr", "efc", "fber", "ghosting", "cjv")
-"""See omnimri.platform.data.quality."""
+"""See omnimri.platform.data.intake.quality."""
 
 SCHEMA = pa.schema(
     [

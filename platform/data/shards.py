@@ -65,7 +65,7 @@ class RowRef:
     has_report: bool
     has_description: bool
     flags: tuple[str, ...]
-    """What quality checks found; see `omnimri.platform.data.quality`."""
+    """What quality checks found; see `omnimri.platform.data.intake.quality`."""
 
 
 class Shards:

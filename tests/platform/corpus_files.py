@@ -14,7 +14,7 @@ from omnimri.models.scan import Scan
 from omnimri.platform.corpus.anatomy import Template
 from omnimri.platform.corpus.corpus import CorpusConfig, write_patient
 from omnimri.platform.corpus.patient import Patient
-from omnimri.platform.data.readers import read_path
+from omnimri.platform.data.formats.readers import read_path
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ import pytest
 from omnimri.jobs import benchmark as job
 from omnimri.platform.benchmark import ingest as by_file
 from omnimri.platform.benchmark.sequences import benchmark_sequences
-from omnimri.platform.data.readers import read_item
-from omnimri.platform.data.records import ReadLimits
+from omnimri.platform.data.formats.readers import read_item
+from omnimri.platform.data.formats.records import ReadLimits
 from tests.platform.intake_fakes import dicom_slices, oblique_affine, random_image, rescalable, save_dicom, save_nifti
 
 

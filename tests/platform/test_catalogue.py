@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from omnimri.jobs import datasets as job
-from omnimri.platform.data import catalogue as catalogue_module
-from omnimri.platform.data.catalogue import (
+from omnimri.platform.data.catalogue import entries as catalogue_module
+from omnimri.platform.data.catalogue.entries import (
     ANATOMIES,
     FAMILIES,
     TASKS,
@@ -26,16 +26,16 @@ from omnimri.platform.data.catalogue import (
     find_dataset,
     parse_catalogue,
 )
-from omnimri.platform.data.ingest import IngestConfig, ingest
-from omnimri.platform.data.layout import Layouts
-from omnimri.platform.data.patterns import Pattern
-from omnimri.platform.data.quality import QualityLimits
-from omnimri.platform.data.readers import group, probe_files, read_item
-from omnimri.platform.data.records import ReadError, ReadLimits
+from omnimri.platform.data.catalogue.layout import Layouts
+from omnimri.platform.data.catalogue.patterns import Pattern
+from omnimri.platform.data.formats.readers import group, probe_files, read_item
+from omnimri.platform.data.formats.records import ReadError, ReadLimits
+from omnimri.platform.data.formats.sources import open_sources
+from omnimri.platform.data.intake.ingest import IngestConfig, ingest
+from omnimri.platform.data.intake.quality import QualityLimits
+from omnimri.platform.data.intake.writer import PlannedItem, make_row
 from omnimri.platform.data.schema import FACTS, unpack_array
 from omnimri.platform.data.shards import Shards, load_row
-from omnimri.platform.data.sources import open_sources
-from omnimri.platform.data.writer import PlannedItem, make_row
 from tests.platform.catalogue_fixtures import FIXTURES, Fixture, write_fixture
 from tests.platform.catalogue_writers import SHAPE
 from tests.platform.intake_fakes import oblique_affine, random_image, save_nifti

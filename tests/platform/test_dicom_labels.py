@@ -14,12 +14,12 @@ from pydicom.data import get_testdata_file
 from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
 
-from omnimri.platform.data.annotations import parse_sidecars
-from omnimri.platform.data.dicom_names import coded_name, label_name, plain_name
-from omnimri.platform.data.readers import group, probe_files, read_path
-from omnimri.platform.data.records import ReadLimits
-from omnimri.platform.data.sources import open_sources
-from omnimri.platform.data.writer import PlannedItem, write_shard
+from omnimri.platform.data.formats.dicom_names import coded_name, label_name, plain_name
+from omnimri.platform.data.formats.readers import group, probe_files, read_path
+from omnimri.platform.data.formats.records import ReadLimits
+from omnimri.platform.data.formats.sources import open_sources
+from omnimri.platform.data.intake.annotations import parse_sidecars
+from omnimri.platform.data.intake.writer import PlannedItem, write_shard
 from tests.platform.intake_fakes import (
     dicom_slices,
     enhanced_object,

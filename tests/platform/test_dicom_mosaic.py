@@ -11,7 +11,7 @@ import pytest
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
-from omnimri.platform.data.readers import read_path
+from omnimri.platform.data.formats.readers import read_path
 from tests.platform.intake_fakes import assert_same_voxels, dicom_slices, oblique_affine, random_image
 
 DATA = Path(__file__).parents[3] / "shared" / "data"

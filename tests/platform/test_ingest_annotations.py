@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from omnimri.models.scan import Scan
-from omnimri.platform.data.annotations import check_boxes, load_label_map, merge_facts, parse_sidecars
-from omnimri.platform.data.records import ReadError
+from omnimri.platform.data.formats.records import ReadError
+from omnimri.platform.data.intake.annotations import check_boxes, load_label_map, merge_facts, parse_sidecars
 from tests.platform.intake_fakes import oblique_affine, random_image, save_nifti
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from omnimri.platform.data import facts
-from omnimri.platform.data.sequences import Header, classify
+from omnimri.platform.data.formats import facts
+from omnimri.platform.data.formats.sequences import Header, classify
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from omnimri.platform.data.draft import open_draft
-from omnimri.platform.data.ingest import IngestConfig, ingest
+from omnimri.platform.data.intake.draft import open_draft
+from omnimri.platform.data.intake.ingest import IngestConfig, ingest
 from omnimri.platform.data.shards import Shards
 from tests.conftest import ROOT
 from tests.platform.intake_fakes import oblique_affine, random_image, rescalable, save_nifti
@@ -103,7 +103,7 @@ def test_two_ingests_of_the_same_files_do_not_meet(
         taken.append(request)
         return original(out, request)
 
-    monkeypatch.setattr("omnimri.platform.data.ingest.open_draft", remember)
+    monkeypatch.setattr("omnimri.platform.data.intake.ingest.open_draft", remember)
     source = next(files.glob("sub-00*"))
     ingest([source], tmp_path / "first", IngestConfig())
     with original(tmp_path / "second", taken[0]), pytest.raises(ValueError, match=r"another ingest .* is at work"):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from omnimri.platform.data.ingest import IngestConfig, ingest
+from omnimri.platform.data.intake.ingest import IngestConfig, ingest
 from omnimri.platform.data.shards import Shards
 from tests.platform.mixed_files import BROKEN, write_mixed
 

@@ -11,7 +11,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from omnimri.platform.data.readers import read_path
+from omnimri.platform.data.formats.readers import read_path
 from tests.platform.intake_fakes import (
     assert_same_voxels,
     dicom_slices,

@@ -6,7 +6,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from omnimri.platform.data.quality import (
+from omnimri.platform.data.intake.quality import (
     QualityLimits,
     entropy_focus,
     fingerprint,

@@ -14,7 +14,7 @@ from pydicom.encaps import encapsulate
 from pydicom.pixels import get_decoder
 from pydicom.uid import UID, ExplicitVRBigEndian, ImplicitVRLittleEndian, JPEGLosslessSV1, RLELossless
 
-from omnimri.platform.data.readers import read_path
+from omnimri.platform.data.formats.readers import read_path
 from tests.platform.intake_fakes import (
     assert_same_voxels,
     dicom_slices,

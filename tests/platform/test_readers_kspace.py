@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from omnimri.models import physics
-from omnimri.platform.data.kspace import centered_fft, centered_ifft
-from omnimri.platform.data.readers import read_path
-from omnimri.platform.data.records import ReadLimits
+from omnimri.platform.data.formats.kspace import centered_fft, centered_ifft
+from omnimri.platform.data.formats.readers import read_path
+from omnimri.platform.data.formats.records import ReadLimits
 from tests.platform.intake_fakes import (
     coil_kspace,
     ismrmrd_header,

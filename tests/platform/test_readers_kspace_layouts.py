@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from omnimri.models import physics
-from omnimri.platform.data.readers import read_path
-from omnimri.platform.data.records import SeriesRecord
+from omnimri.platform.data.formats.readers import read_path
+from omnimri.platform.data.formats.records import SeriesRecord
 from tests.platform.catalogue_writers import (
     SHAPE,
     phantom,

@@ -10,8 +10,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from omnimri.platform.data.readers import read_path
-from omnimri.platform.data.records import ReadLimits
+from omnimri.platform.data.formats.readers import read_path
+from omnimri.platform.data.formats.records import ReadLimits
 from tests.platform.intake_fakes import oblique_affine, random_image, save_nifti
 
 NIBABEL_FILES = Path(nib.__file__).parent / "tests" / "data"

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from omnimri.platform.data.readers import read_path
-from omnimri.platform.data.records import ReadError, ReadLimits
+from omnimri.platform.data.formats.readers import read_path
+from omnimri.platform.data.formats.records import ReadError, ReadLimits
 from tests.platform.intake_fakes import (
     coil_kspace,
     dicom_slices,

@@ -11,10 +11,10 @@ import nrrd
 import numpy as np
 import pytest
 
-from omnimri.platform.data.annotations import load_label_map
-from omnimri.platform.data.readers import read_path
-from omnimri.platform.data.records import ReadError, ReadLimits
-from omnimri.platform.data.volumes import load
+from omnimri.platform.data.formats.readers import read_path
+from omnimri.platform.data.formats.records import ReadError, ReadLimits
+from omnimri.platform.data.formats.volumes import load
+from omnimri.platform.data.intake.annotations import load_label_map
 from tests.platform.catalogue_writers import SHAPE, label_array, save_metaimage, save_nrrd
 from tests.platform.intake_fakes import oblique_affine, random_image, save_nifti
 

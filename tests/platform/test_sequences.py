@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from omnimri.platform.data.sequences import Header, classify
+from omnimri.platform.data.formats.sequences import Header, classify
 
 
 @pytest.mark.parametrize(

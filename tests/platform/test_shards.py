@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from omnimri.models.scan import Scan
-from omnimri.platform.data.annotations import Annotation
-from omnimri.platform.data.readers import WorkItem, read_path
-from omnimri.platform.data.records import ReadLimits
+from omnimri.platform.data.formats.readers import WorkItem, read_path
+from omnimri.platform.data.formats.records import ReadLimits
+from omnimri.platform.data.intake.annotations import Annotation
+from omnimri.platform.data.intake.writer import PlannedItem, write_shard
 from omnimri.platform.data.schema import SCHEMA, SCHEMA_VERSION
 from omnimri.platform.data.shards import Shards, load_row, row_to_scan
-from omnimri.platform.data.writer import PlannedItem, write_shard
 from tests.platform.intake_fakes import coil_kspace, random_image, save_fastmri, save_nifti
 from tests.platform.shards_fakes import write_shards
 

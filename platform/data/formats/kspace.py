@@ -18,8 +18,8 @@ import h5py
 import numpy as np
 
 from omnimri.models.scan import Scan
-from omnimri.platform.data.facts import Facts, body_part, ismrmrd_facts, plane
-from omnimri.platform.data.records import (
+from omnimri.platform.data.formats.facts import Facts, body_part, ismrmrd_facts, plane
+from omnimri.platform.data.formats.records import (
     UNREADABLE,
     ReadError,
     ReadLimits,
@@ -27,7 +27,7 @@ from omnimri.platform.data.records import (
     check_array_bytes,
     quiet_libraries,
 )  # fmt: skip
-from omnimri.platform.data.sequences import contrast_of
+from omnimri.platform.data.formats.sequences import contrast_of
 
 with warnings.catch_warnings():
     # ismrmrd.hdf5 sets the process's warning filter to "default" when it is imported.

@@ -26,19 +26,19 @@ import ray.data
 
 from omnimri.platform.cluster import quiet_ray_data
 from omnimri.platform.data import deid
-from omnimri.platform.data.annotations import Annotation, Sidecars, parse_sidecars
-from omnimri.platform.data.catalogue import DatasetEntry, catalogue, find_dataset, suggestion
-from omnimri.platform.data.draft import Draft, open_draft
-from omnimri.platform.data.layout import CARD_KEY, Layouts
-from omnimri.platform.data.quality import QualityLimits, near_copies
-from omnimri.platform.data.readers import ANNOTATIONS_NAME, Probe, WorkItem, group, probe_files
-from omnimri.platform.data.records import ReadError, ReadLimits
-from omnimri.platform.data.report import write_report
+from omnimri.platform.data.catalogue.entries import DatasetEntry, catalogue, find_dataset, suggestion
+from omnimri.platform.data.catalogue.layout import CARD_KEY, Layouts
+from omnimri.platform.data.formats.readers import ANNOTATIONS_NAME, Probe, WorkItem, group, probe_files
+from omnimri.platform.data.formats.records import ReadError, ReadLimits
+from omnimri.platform.data.formats.sources import Archive, Folder, Source, open_sources
+from omnimri.platform.data.intake.annotations import Annotation, Sidecars, parse_sidecars
+from omnimri.platform.data.intake.draft import Draft, open_draft
+from omnimri.platform.data.intake.quality import QualityLimits, near_copies
+from omnimri.platform.data.intake.report import write_report
+from omnimri.platform.data.intake.summary import summarise
+from omnimri.platform.data.intake.writer import INTAKE_VERSION, PlannedItem, ShardReport, write_shard
 from omnimri.platform.data.schema import SCHEMA_VERSION
 from omnimri.platform.data.shards import MANIFEST_NAME, content_digest
-from omnimri.platform.data.sources import Archive, Folder, Source, open_sources
-from omnimri.platform.data.summary import summarise
-from omnimri.platform.data.writer import INTAKE_VERSION, PlannedItem, ShardReport, write_shard
 
 logger = logging.getLogger(__name__)
 

@@ -18,10 +18,10 @@ from typing import BinaryIO
 import numpy as np
 
 from omnimri.models.scan import Scan
-from omnimri.platform.data import nifti
-from omnimri.platform.data.facts import Facts, sidecar_facts
-from omnimri.platform.data.records import UNREADABLE, ReadError, ReadLimits, SeriesRecord, check_array_bytes
-from omnimri.platform.data.sources import Archive, Folder
+from omnimri.platform.data.formats import nifti
+from omnimri.platform.data.formats.facts import Facts, sidecar_facts
+from omnimri.platform.data.formats.records import UNREADABLE, ReadError, ReadLimits, SeriesRecord, check_array_bytes
+from omnimri.platform.data.formats.sources import Archive, Folder
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from pydicom.dataset import Dataset
 
-from omnimri.platform.data.sequences import Header, classify
+from omnimri.platform.data.formats.sequences import Header, classify
 
 Facts = dict[str, str | float | int | None]
 

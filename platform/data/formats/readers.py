@@ -12,9 +12,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from omnimri.platform.data import dicom, dicom_labels, kspace, kspace_layouts, nifti, volumes
-from omnimri.platform.data.records import UNREADABLE, ReadError, ReadLimits, SeriesRecord
-from omnimri.platform.data.sources import Archive, Folder, Source, open_container, open_sources
+from omnimri.platform.data.formats import dicom, dicom_labels, kspace, kspace_layouts, nifti, volumes
+from omnimri.platform.data.formats.records import UNREADABLE, ReadError, ReadLimits, SeriesRecord
+from omnimri.platform.data.formats.sources import Archive, Folder, Source, open_container, open_sources
 
 ANNOTATIONS_NAME = "annotations.json"
 

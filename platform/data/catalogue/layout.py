@@ -16,16 +16,17 @@ from functools import cached_property
 from pathlib import PurePosixPath
 from typing import Any
 
-from omnimri.platform.data import facts as fact
-from omnimri.platform.data import tables, volumes
-from omnimri.platform.data.annotations import Annotation
-from omnimri.platform.data.catalogue import FAMILIES, DatasetEntry, ImageRule, TableRule
-from omnimri.platform.data.facts import Facts
-from omnimri.platform.data.patterns import FIELD, Pattern, filled, image_pattern, pattern_of
-from omnimri.platform.data.readers import VOLUME_KINDS, Probe, WorkItem
-from omnimri.platform.data.records import ReadError, ReadLimits
-from omnimri.platform.data.sequences import contrast_of
-from omnimri.platform.data.sources import Source
+from omnimri.platform.data.catalogue import tables
+from omnimri.platform.data.catalogue.entries import FAMILIES, DatasetEntry, ImageRule, TableRule
+from omnimri.platform.data.catalogue.patterns import FIELD, Pattern, filled, image_pattern, pattern_of
+from omnimri.platform.data.formats import facts as fact
+from omnimri.platform.data.formats import volumes
+from omnimri.platform.data.formats.facts import Facts
+from omnimri.platform.data.formats.readers import VOLUME_KINDS, Probe, WorkItem
+from omnimri.platform.data.formats.records import ReadError, ReadLimits
+from omnimri.platform.data.formats.sequences import contrast_of
+from omnimri.platform.data.formats.sources import Source
+from omnimri.platform.data.intake.annotations import Annotation
 
 CARD_KEY = "catalogue"
 """Entry of a dataset.json that names the catalogued layout of everything below its folder."""

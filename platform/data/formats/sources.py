@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from omnimri.platform.data.records import ReadError, ReadLimits
+from omnimri.platform.data.formats.records import ReadError, ReadLimits
 
 _RATIO_FREE_BYTES = 2**20
 """Members smaller than this may compress as well as they like: an empty mask does."""

@@ -16,8 +16,8 @@ from pydicom.dataset import Dataset
 from scipy import ndimage
 
 from omnimri.models.scan import Scan
-from omnimri.platform.data.dicom_names import label_name
-from omnimri.platform.data.label_maps import Labels
+from omnimri.platform.data.formats.dicom_names import label_name
+from omnimri.platform.data.formats.label_maps import Labels
 
 _GROUPS = range(0x6000, 0x6020, 2)
 _EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=int)

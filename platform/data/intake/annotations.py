@@ -26,11 +26,11 @@ import nibabel as nib
 import numpy as np
 
 from omnimri.models.scan import Scan
-from omnimri.platform.data.facts import Facts, age_years, sex
-from omnimri.platform.data.nifti import NIFTI_ERRORS
-from omnimri.platform.data.records import ReadError, ReadLimits, quiet_libraries
-from omnimri.platform.data.sources import Archive, Folder
-from omnimri.platform.data.volumes import detached, kind_of, load, load_array
+from omnimri.platform.data.formats.facts import Facts, age_years, sex
+from omnimri.platform.data.formats.nifti import NIFTI_ERRORS
+from omnimri.platform.data.formats.records import ReadError, ReadLimits, quiet_libraries
+from omnimri.platform.data.formats.sources import Archive, Folder
+from omnimri.platform.data.formats.volumes import detached, kind_of, load, load_array
 
 _GRID_TOLERANCE = 0.1
 """Voxels by which a label map's grid may be displaced; headers round."""

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from omnimri.platform.data.intake.writer import ShardReport
 from omnimri.platform.data.shards import SHARDS_FOLDER
-from omnimri.platform.data.writer import ShardReport
 
 _REPORTS_FOLDER = "reports"
 _LOCK_NAME = "lock"

@@ -16,9 +16,15 @@ import h5py
 import numpy as np
 
 from omnimri.models.scan import Scan
-from omnimri.platform.data.facts import Facts
-from omnimri.platform.data.kspace import KSPACE_NAMES, mask_or_none, open_kspace, probe, root_sum_of_squares_image
-from omnimri.platform.data.records import (
+from omnimri.platform.data.formats.facts import Facts
+from omnimri.platform.data.formats.kspace import (
+    KSPACE_NAMES,
+    mask_or_none,
+    open_kspace,
+    probe,
+    root_sum_of_squares_image,
+)
+from omnimri.platform.data.formats.records import (
     UNREADABLE,
     ReadError,
     ReadLimits,
@@ -26,7 +32,7 @@ from omnimri.platform.data.records import (
     check_array_bytes,
     quiet_libraries,
 )  # fmt: skip
-from omnimri.platform.data.sequences import contrast_of
+from omnimri.platform.data.formats.sequences import contrast_of
 
 
 def read_layout(path: Path, source: str, limits: ReadLimits) -> tuple[list[SeriesRecord], list[ReadError]]:

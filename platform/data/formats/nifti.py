@@ -16,8 +16,8 @@ from nibabel.spatialimages import HeaderDataError
 
 from omnimri.models.scan import Scan
 from omnimri.platform.data.deid import header_identifiers
-from omnimri.platform.data.facts import Facts, sidecar_facts
-from omnimri.platform.data.records import (
+from omnimri.platform.data.formats.facts import Facts, sidecar_facts
+from omnimri.platform.data.formats.records import (
     UNREADABLE,
     ReadError,
     ReadLimits,

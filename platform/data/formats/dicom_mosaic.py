@@ -13,7 +13,7 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.tag import BaseTag, Tag
 from pydicom.uid import ExplicitVRLittleEndian
 
-from omnimri.platform.data.records import UNREADABLE, ReadError, quiet_libraries
+from omnimri.platform.data.formats.records import UNREADABLE, ReadError, quiet_libraries
 
 with quiet_libraries():  # nibabel calls its DICOM readers experimental on import; we use the parser of one header
     from nibabel.nicom import csareader

@@ -6,7 +6,7 @@ import nibabel as nib
 import numpy as np
 
 from omnimri.models.scan import Scan
-from omnimri.platform.data.records import ReadError
+from omnimri.platform.data.formats.records import ReadError
 
 _GRID_TOLERANCE = 0.1
 """Voxels by which a mask's grid may be displaced; headers round."""

@@ -21,13 +21,19 @@ from pydicom.dataset import Dataset
 from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian
 
 from omnimri.models.scan import Scan
-from omnimri.platform.data import dicom_labels, dicom_mosaic
 from omnimri.platform.data.deid import header_identifiers
-from omnimri.platform.data.dicom_labels import LPS_TO_RAS
-from omnimri.platform.data.dicom_overlays import overlay_labels
-from omnimri.platform.data.dicom_refusals import ENHANCED_MR_IMAGE, TRUNCATED, refusal, slice_normal, why_unreadable
-from omnimri.platform.data.facts import dicom_facts
-from omnimri.platform.data.records import (
+from omnimri.platform.data.formats import dicom_labels, dicom_mosaic
+from omnimri.platform.data.formats.dicom_labels import LPS_TO_RAS
+from omnimri.platform.data.formats.dicom_overlays import overlay_labels
+from omnimri.platform.data.formats.dicom_refusals import (
+    ENHANCED_MR_IMAGE,
+    TRUNCATED,
+    refusal,
+    slice_normal,
+    why_unreadable,
+)
+from omnimri.platform.data.formats.facts import dicom_facts
+from omnimri.platform.data.formats.records import (
     UNREADABLE,
     ReadError,
     ReadLimits,

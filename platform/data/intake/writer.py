@@ -15,13 +15,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from omnimri.models.scan import Scan
-from omnimri.platform.data.annotations import Annotation, check_boxes, merge_facts, placed_boxes, read_labels
 from omnimri.platform.data.deid import scrub, whitelisted
-from omnimri.platform.data.quality import QualityLimits, fingerprint, image_quality, quality_flags
-from omnimri.platform.data.readers import WorkItem, read_item
-from omnimri.platform.data.records import ReadError, ReadLimits, SeriesRecord
+from omnimri.platform.data.formats.readers import WorkItem, read_item
+from omnimri.platform.data.formats.records import ReadError, ReadLimits, SeriesRecord
+from omnimri.platform.data.formats.sources import open_container
+from omnimri.platform.data.intake.annotations import Annotation, check_boxes, merge_facts, placed_boxes, read_labels
+from omnimri.platform.data.intake.quality import QualityLimits, fingerprint, image_quality, quality_flags
 from omnimri.platform.data.schema import SCHEMA, SCHEMA_VERSION, pack_array
-from omnimri.platform.data.sources import open_container
 
 INTAKE_VERSION = "intake-2"
 """Raised when the same file would give other voxels, geometry, labels or facts."""
