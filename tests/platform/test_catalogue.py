@@ -24,6 +24,7 @@ from omnimri.platform.data.catalogue.entries import (
     DatasetEntry,
     catalogue,
     find_dataset,
+    overlap_group,
     parse_catalogue,
 )
 from omnimri.platform.data.catalogue.layout import Layouts
@@ -377,3 +378,9 @@ def test_a_card_with_an_unknown_layout_is_an_error(tmp_path: Path, ray_cluster: 
     (tmp_path / "in" / "dataset.json").write_text('{"catalogue": "brats-2012"}')
     with pytest.raises(ValueError, match="no data set 'brats-2012'"):
         ingest([tmp_path / "in"], tmp_path / "out", IngestConfig())
+
+
+def test_sets_that_share_images_split_their_patients_together() -> None:
+    assert overlap_group("upenn-gbm") == overlap_group("brats-2021") == overlap_group("upenn-gbm-dicom")
+    assert overlap_group("prostatex") == overlap_group("pi-cai") != overlap_group("brats-2021")
+    assert overlap_group("clinic-a") == "clinic-a"

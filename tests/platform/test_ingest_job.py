@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from pydicom.data import get_testdata_file
+from scipy.ndimage import gaussian_filter
 
 from omnimri.jobs import ingest as job
 from omnimri.models.geometry import to_canonical
@@ -235,6 +236,24 @@ def test_a_volume_that_comes_twice_is_kept_once(tmp_path: Path) -> None:
     summary = ingest([tmp_path / "in"], tmp_path / "out", IngestConfig())
     assert (summary.num_volumes, summary.num_rejected) == (1, 1)
     assert "sub-a_T1w.nii is kept" in (tmp_path / "out.rejects.jsonl").read_text()
+
+
+def test_a_near_copy_under_another_name_stays_out_of_other_splits(tmp_path: Path) -> None:
+    """Twelve patients, and each again under another name, with other noise and another scale."""
+    rng = np.random.default_rng(5)
+    for number in range(12):
+        smooth = gaussian_filter(rng.normal(size=(12, 48, 40)), 3)
+        image = (1000 * (smooth - smooth.min()) / np.ptp(smooth) + 10).astype(np.float32)
+        save_nifti(tmp_path / "in" / f"sub-a{number}_T1w.nii", image, np.eye(4))
+        again = (2 * image + rng.normal(size=image.shape)).astype(np.float32)
+        save_nifti(tmp_path / "in" / f"sub-b{number}_T1w.nii", again, np.eye(4))
+    summary = ingest([tmp_path / "in"], tmp_path / "out", IngestConfig())
+    lines = [json.loads(line) for line in summary.rejects_path.read_text().splitlines()]
+    assert {line["reason"] for line in lines} == {"All but the same as a volume of another patient in another split."}
+    flagged = [row for row in Shards.open(tmp_path / "out").rows if row.flags]
+    assert len(lines) + len(flagged) == 12
+    assert len(lines) > 0
+    assert all(flag.startswith("near copy of ") for row in flagged for flag in row.flags)
 
 
 def test_job_prints_a_table_and_says_last_how_many_were_rejected(

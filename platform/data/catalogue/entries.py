@@ -268,3 +268,30 @@ def suggestion(name: str) -> str:
     """A sentence with the names that look like this one; empty without any."""
     close = difflib.get_close_matches(name.lower(), catalogue(), n=3, cutoff=0.7)
     return f" Did you mean {' or '.join(close)}?" if close else ""
+
+
+def overlap_group(name: str) -> str:
+    """One name for all catalogued sets that share images with a set, directly or through others; else the name itself.
+
+    The same patient number in two sets of a group is taken for the same person when patients are split.
+    """
+    return _overlap_groups().get(name, name)
+
+
+@cache
+def _overlap_groups() -> Mapping[str, str]:
+    """Name of a set to the first name of its group."""
+    neighbours: dict[str, set[str]] = {name: set() for name in catalogue()}
+    for name, entry in catalogue().items():
+        for other in neighbours.keys() & set(entry.overlaps):
+            neighbours[name].add(other)
+            neighbours[other].add(name)
+    groups: dict[str, str] = {}
+    for name in sorted(neighbours):
+        waiting = [] if name in groups else [name]
+        while waiting:
+            member = waiting.pop()
+            if member not in groups:
+                groups[member] = name
+                waiting += neighbours[member]
+    return groups

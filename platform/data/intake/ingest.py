@@ -26,7 +26,7 @@ import ray.data
 
 from omnimri.platform.cluster import quiet_ray_data
 from omnimri.platform.data import deid
-from omnimri.platform.data.catalogue.entries import DatasetEntry, catalogue, find_dataset, suggestion
+from omnimri.platform.data.catalogue.entries import DatasetEntry, catalogue, find_dataset, overlap_group, suggestion
 from omnimri.platform.data.catalogue.layout import CARD_KEY, Layouts
 from omnimri.platform.data.formats.readers import ANNOTATIONS_NAME, Probe, WorkItem, group, probe_files
 from omnimri.platform.data.formats.records import ReadError, ReadLimits
@@ -136,8 +136,8 @@ def ingest(sources: Sequence[Path], out: Path, config: IngestConfig) -> IngestSu
     with open_draft(out, deid.pseudonym(key, "draft", request)) as draft:
         rows, rejects = _read_and_write(planned, draft, config)
         rows, duplicates = _without_duplicates(rows)
-        _flag_near_copies(rows, config.quality.max_copy_distance)
-        ledger = [*(error.as_row() for error in [*errors, *plan_errors]), *rejects, *duplicates]
+        rows, leaks = _without_near_copies(rows, config.quality.max_copy_distance)
+        ledger = [*(error.as_row() for error in [*errors, *plan_errors]), *rejects, *duplicates, *leaks]
         ledger.sort(key=lambda line: tuple(line.values()))
         ledger_path = out.with_name(f"{out.name}.{REJECTS_NAME}")
         _write_lines(ledger_path, ledger, mode=0o600)
@@ -207,20 +207,21 @@ def _plan(
             found.append((item, annotation, _card_of(item, cards, config, entry)))
     found.sort(key=lambda entry: (entry[0].source, entry[0].series))
     patients = [(card.name, _patient(item, annotation)) for item, annotation, card in found]
-    splits = deid.assign_splits(patients, config.split_fractions, seed=config.seed, by=config.split_by)
+    persons = [(overlap_group(dataset), patient) for dataset, patient in patients]
+    splits = deid.assign_splits(persons, config.split_fractions, seed=config.seed, by=config.split_by)
     planned = [
         PlannedItem(
             item=dataclasses.replace(item, patient="", study="", series=""),
             dataset=card.name,
             licence=card.licence,
             simulated=card.simulated,
-            split=splits[patient],
+            split=splits[person],
             patient_id=deid.pseudonym(key, "patient", *patient),
             study_id=deid.pseudonym(key, "study", *patient, item.study),
             series_id=deid.pseudonym(key, "series", *patient, item.kind, item.series),
             annotation=annotation and dataclasses.replace(annotation, participant_id=""),
         )
-        for (item, annotation, card), patient in zip(found, patients, strict=True)
+        for (item, annotation, card), patient, person in zip(found, patients, persons, strict=True)
     ]
     logger.info("found %d series of %d patients", len(planned), len(set(patients)))
     return planned, errors
@@ -452,11 +453,25 @@ def _without_duplicates(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]
     return kept, rejects
 
 
-def _flag_near_copies(rows: list[dict[str, Any]], max_distance: int) -> None:
-    """Flag volumes that all but equal one of another patient: one person under two names, or a copy that was edited."""
+def _without_near_copies(
+    rows: list[dict[str, Any]], max_distance: int
+) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+    """Rows without volumes that all but equal one of another patient in another split, which would leak.
+
+    One person under two names, or a copy that was edited. In the same split it is only flagged.
+    """
+    leaks: dict[int, dict[str, str]] = {}
     for first, second in near_copies([row["fingerprint"] for row in rows], max_distance):
-        if rows[first]["patient_id"] != rows[second]["patient_id"]:
-            rows[second]["flags"] = [*rows[second]["flags"], f"near copy of {rows[first]['row_id']}"]
+        one, other = rows[first], rows[second]
+        if first in leaks or second in leaks or one["patient_id"] == other["patient_id"]:
+            continue
+        if one["split"] == other["split"]:
+            other["flags"] = [*other["flags"], f"near copy of {one['row_id']}"]
+            continue
+        reason = "All but the same as a volume of another patient in another split."
+        hint = f"Nothing to do: {one['source']} is kept; with quality.max_copy_distance=0 only equal ones are left out."
+        leaks[second] = ReadError(other["source"], reason, hint).as_row()
+    return [row for index, row in enumerate(rows) if index not in leaks], list(leaks.values())
 
 
 def _write_documents(folder: Path, rows: list[dict[str, Any]], ledger: list[dict[str, str]], request: str) -> dict:
