@@ -121,6 +121,26 @@ def _calibration_window(size: int, num_acs: int, device: torch.device) -> Tensor
     return window
 
 
+def compress_coils(kspace: Tensor, num_coils: int) -> Tensor:
+    """The virtual coils that hold most of the signal (Buehrer et al., Array compression for MRI, MRM 2007).
+
+    Principal components over all samples: orthonormal combinations, so noise stays white and energy can only fall.
+
+    Args:
+        kspace: Complex `(Z, C, Y, X)`.
+        num_coils: Virtual coils to keep; with C or more the data stay as they are.
+
+    Returns:
+        Complex `(Z, min(C, num_coils), Y, X)`, the strongest coil first.
+    """
+    if kspace.shape[1] <= num_coils:
+        return kspace
+    covariance = torch.einsum("zcyx,zdyx->cd", kspace, kspace.conj())
+    _, components = torch.linalg.eigh(covariance)  # ascending
+    strongest = components[:, -num_coils:].flip(-1)
+    return torch.einsum("ck,zcyx->zkyx", strongest.conj(), kspace)
+
+
 @dataclass(frozen=True)
 class SenseOperator:
     """`A = M F S`: image to undersampled multi-coil k-space (Pruessmann et al., SENSE, MRM 1999).

@@ -8,6 +8,7 @@ from omnimri.models.physics import (
     SenseOperator,
     center_lines,
     cg_sense,
+    compress_coils,
     data_consistency,
     estimate_sens_maps,
     fft2c,
@@ -127,3 +128,27 @@ def test_sens_maps_from_the_centre_match_the_true_coils(rng: torch.Generator) ->
 def test_sens_maps_without_a_centre_say_what_to_do() -> None:
     with pytest.raises(ValueError, match="raise center_fraction"):
         estimate_sens_maps(torch.zeros(1, 2, 8, 8, dtype=torch.complex64), torch.zeros(8, dtype=torch.bool))
+
+
+def test_compression_of_coils_that_repeat_each_other_loses_nothing(rng: torch.Generator) -> None:
+    """Twelve coils that are mixtures of three are three, and the root sum of squares stays the same."""
+    independent = complex_normal(rng, 4, 3, 16, 12)
+    mixing, _ = torch.linalg.qr(complex_normal(rng, 12, 3))
+    kspace = torch.einsum("ck,zkyx->zcyx", mixing, independent)
+    compressed = compress_coils(kspace, 3)
+    assert compressed.shape == (4, 3, 16, 12)
+    torch.testing.assert_close(
+        root_sum_of_squares(ifft2c(compressed)), root_sum_of_squares(ifft2c(kspace)), rtol=1e-4, atol=1e-5
+    )
+    energy = compressed.abs().square().sum((0, 2, 3))
+    assert (energy[:-1] >= energy[1:]).all()
+
+
+def test_compression_keeps_the_strongest_combinations(rng: torch.Generator) -> None:
+    """No other orthonormal combination of as many coils holds more energy; with all of them nothing changes."""
+    kspace = complex_normal(rng, 3, 6, 10, 8) * torch.logspace(0, -2, 6)[:, None, None]
+    kept = compress_coils(kspace, 2).abs().square().sum()
+    for _ in range(20):
+        other, _ = torch.linalg.qr(complex_normal(rng, 6, 2))
+        assert torch.einsum("ck,zcyx->zkyx", other.conj(), kspace).abs().square().sum() <= kept * 1.0001
+    assert compress_coils(kspace, 6) is kspace

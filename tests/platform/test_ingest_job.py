@@ -276,6 +276,18 @@ def test_job_fails_when_nothing_could_be_read(tmp_path: Path, capsys: pytest.Cap
     assert "no NIfTI header" in (tmp_path / "out.rejects.jsonl").read_text()
 
 
+def test_many_coils_become_few_on_request(tmp_path: Path) -> None:
+    kspace = coil_kspace(rescalable(random_image(6, SHAPE)), num_coils=9)
+    save_fastmri(tmp_path / "a.h5", kspace, ismrmrd_header(SHAPE, (4.0, 1.0, 1.0)))
+    ingest([tmp_path / "a.h5"], tmp_path / "out", IngestConfig(max_coils=4))
+    [ref] = Shards.open(tmp_path / "out").rows
+    row = load_row(ref, ["image", "kspace"])
+    assert row["kspace"].shape == (5, 4, 8, 6)
+    np.testing.assert_allclose(np.linalg.norm(row["kspace"]), np.linalg.norm(kspace), rtol=1e-4)
+    with pytest.raises(ValueError, match="max_coils must be 1 or more"):
+        IngestConfig(max_coils=0)
+
+
 def test_config_refuses_shares_that_do_not_add_up() -> None:
     with pytest.raises(ValueError, match="add up to 1"):
         IngestConfig(split_fractions=(0.5, 0.1, 0.1))

@@ -76,6 +76,8 @@ class IngestConfig:
     overwrite: bool = False
     """Replace a corpus that is in the way."""
     limits: ReadLimits = field(default_factory=ReadLimits)
+    max_coils: int | None = None
+    """Compress k-space of more coils to so many virtual ones; None keeps the coils as they are."""
     quality: QualityLimits = field(default_factory=QualityLimits)
     """Beyond what a volume is flagged; it is kept."""
 
@@ -84,6 +86,8 @@ class IngestConfig:
             raise ValueError(f"split_fractions must be three shares that add up to 1, found {self.split_fractions}.")
         if min(self.items_per_shard, self.bytes_per_shard, self.files_per_probe) < 1:
             raise ValueError("items_per_shard, bytes_per_shard and files_per_probe must be 1 or more.")
+        if self.max_coils is not None and self.max_coils < 1:
+            raise ValueError(f"max_coils must be 1 or more, or none, found {self.max_coils}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -394,6 +398,7 @@ class _ShardTask:
             self.config.limits,
             compression_level=self.config.compression_level,
             quality=self.config.quality,
+            max_coils=self.config.max_coils,
         )
         self.draft.finish(path, report)
         return path, report

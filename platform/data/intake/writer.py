@@ -6,14 +6,16 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
+from omnimri.models.physics import compress_coils
 from omnimri.models.scan import Scan
 from omnimri.platform.data.deid import scrub, whitelisted
 from omnimri.platform.data.formats.readers import WorkItem, read_item
@@ -62,6 +64,7 @@ def write_shard(
     *,
     compression_level: int,
     quality: QualityLimits | None = None,
+    max_coils: int | None = None,
 ) -> ShardReport:
     """Read items and write their volumes to one shard, one row to a row group.
 
@@ -73,6 +76,7 @@ def write_shard(
         limits: Bounds on sizes.
         compression_level: Of zstd.
         quality: Beyond what a volume is flagged.
+        max_coils: Virtual coils to which k-space with more is compressed; None keeps all.
     """
     rows: list[dict[str, Any]] = []
     rejects: list[ReadError] = []
@@ -95,6 +99,9 @@ def write_shard(
                         ReadError(record.source, "A blank volume: every voxel has one value.", "Leave it out.")
                     )
                     continue
+                if record.scan.kspace is not None and max_coils is not None:
+                    kspace = compress_coils(torch.from_numpy(record.scan.kspace), max_coils).numpy()
+                    record = replace(record, scan=replace(record.scan, kspace=kspace))
                 row, errors = make_row(record, plan, limits, quality or QualityLimits())
                 rejects += errors
                 writer.write_table(pa.Table.from_pylist([row], schema=SCHEMA), row_group_size=1)
