@@ -308,3 +308,10 @@ def test_enhanced_object_with_two_frames_at_one_position_is_refused(tmp_path: Pa
     records, [error] = read_path(path)
     assert records == []
     assert "frames" in error.reason
+
+
+def test_monochrome1_is_turned_so_that_bright_is_large(tmp_path: Path) -> None:
+    image = rescalable(random_image(11, (3, 8, 6)))
+    save_dicom(dicom_slices(image, oblique_affine(), PhotometricInterpretation="MONOCHROME1"), tmp_path / "series")
+    [record], _ = read_path(tmp_path)
+    np.testing.assert_allclose(record.scan.image, image.max() - image)
