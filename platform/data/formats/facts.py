@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -138,19 +138,10 @@ def dicom_facts(dataset: Mapping[str, Any] | Dataset, affine: np.ndarray) -> Fac
         acquisition_type=get("MRAcquisitionType"),
     )  # fmt: skip
     return {
-        **sequence_facts(header),
-        "plane": plane(affine),
+        **_common_facts(get, header, affine),
         "body_part": body_part(get("BodyPartExamined"), *descriptions, get("StudyDescription")),
-        "vendor": vendor(get("Manufacturer")),
         "model_name": model_name(get("ManufacturerModelName")),
-        "field_strength_t": field_strength_t(get("MagneticFieldStrength")),
-        "tr_ms": tr,
-        "te_ms": te,
-        "ti_ms": ti,
-        "flip_angle_deg": number(get("FlipAngle")),
-        "sex": sex(get("PatientSex")),
-        "age_years": age_years(get("PatientAge")),
-    }  # fmt: skip
+    }
 
 
 def sidecar_facts(sidecar: Mapping[str, Any], affine: np.ndarray, name: str) -> Facts:
@@ -168,15 +159,22 @@ def sidecar_facts(sidecar: Mapping[str, Any], affine: np.ndarray, name: str) -> 
         acquisition_type=get("MRAcquisitionType"),
     )  # fmt: skip
     return {
+        **_common_facts(get, header, affine),
+        "body_part": body_part(get("BodyPartExamined"), get("BodyPart"), *texts[1:]),
+        "model_name": model_name(get("ManufacturersModelName")),
+    }
+
+
+def _common_facts(get: Callable[[str], Any], header: Header, affine: np.ndarray) -> Facts:
+    """What DICOM headers and JSON sidecars call by the same keywords."""
+    return {
         **sequence_facts(header),
         "plane": plane(affine),
-        "body_part": body_part(get("BodyPartExamined"), get("BodyPart"), *texts[1:]),
         "vendor": vendor(get("Manufacturer")),
-        "model_name": model_name(get("ManufacturersModelName")),
         "field_strength_t": field_strength_t(get("MagneticFieldStrength")),
-        "tr_ms": tr,
-        "te_ms": te,
-        "ti_ms": ti,
+        "tr_ms": header.tr_ms,
+        "te_ms": header.te_ms,
+        "ti_ms": header.ti_ms,
         "flip_angle_deg": number(get("FlipAngle")),
         "sex": sex(get("PatientSex")),
         "age_years": age_years(get("PatientAge")),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -117,17 +117,28 @@ def probe(path: Path, source: str) -> RawKeys:
 
 
 def read_kspace(path: Path, source: str, limits: ReadLimits) -> tuple[list[SeriesRecord], list[ReadError]]:
-    """Read a raw data file.
+    """Read a raw data file of fastMRI or ISMRMRD.
 
     Returns:
         One record per volume (echoes, repetitions, phases and sets of an ISMRMRD file apart) and what was refused.
     """
+
+    def read(file: h5py.File, layout: str, group: h5py.Group) -> list[Scan]:
+        if layout == "fastmri":
+            return [_read_fastmri(file, source, limits)]
+        return _read_ismrmrd(group, source, limits)
+
+    return read_scans(path, source, read)
+
+
+def read_scans(
+    path: Path, source: str, read: Callable[[h5py.File, str, h5py.Group], list[Scan]]
+) -> tuple[list[SeriesRecord], list[ReadError]]:
+    """Records of what `read` finds in a file (given the file, its layout and the group that holds it), and refusals."""
     try:
         keys = probe(path, source)
         with quiet_libraries(), open_kspace(path, source) as (file, layout, group):
-            scans = [_read_fastmri(file, source, limits)] if layout == "fastmri" else _read_ismrmrd(
-                group, source, limits
-            )  # fmt: skip
+            scans = read(file, layout, group)
     except ReadError as error:
         return [], [error]
     except UNREADABLE as error:

@@ -20,17 +20,14 @@ from omnimri.platform.data.formats.facts import Facts
 from omnimri.platform.data.formats.kspace import (
     KSPACE_NAMES,
     mask_or_none,
-    open_kspace,
-    probe,
+    read_scans,
     root_sum_of_squares_image,
 )
 from omnimri.platform.data.formats.records import (
-    UNREADABLE,
     ReadError,
     ReadLimits,
     SeriesRecord,
     check_array_bytes,
-    quiet_libraries,
 )  # fmt: skip
 from omnimri.platform.data.formats.sequences import contrast_of
 
@@ -41,21 +38,11 @@ def read_layout(path: Path, source: str, limits: ReadLimits) -> tuple[list[Serie
     Returns:
         One record per volume (echo, phase of the heart cycle, weighting) and what was refused.
     """
-    try:
-        keys = probe(path, source)
-        with quiet_libraries(), open_kspace(path, source) as (file, layout, _):
-            scans = [_scan(kspace, source) for kspace in LAYOUTS[layout](file, source, limits)]
-    except ReadError as error:
-        return [], [error]
-    except UNREADABLE as error:
-        return [], [ReadError(source, f"The raw data cannot be read ({type(error).__name__}).", "Copy it again.")]
-    return [
-        SeriesRecord(
-            scan=scan, source=source, source_format=keys.layout, patient_key=keys.patient, study_key=keys.study,
-            series_key=source, volume=index, num_volumes=len(scans),
-        )
-        for index, scan in enumerate(scans)
-    ], []  # fmt: skip
+
+    def read(file: h5py.File, layout: str, _: h5py.Group) -> list[Scan]:
+        return [_scan(kspace, source) for kspace in LAYOUTS[layout](file, source, limits)]
+
+    return read_scans(path, source, read)
 
 
 def _scan(kspace: np.ndarray, source: str) -> Scan:
