@@ -55,7 +55,8 @@ def planted(tmp_path: Path) -> Path:
     save_dicom(planted_series(image, seed=1), root / f"{NUMBER}_{BIRTH}")
     annotation = {"patient": {"participant_id": NAME}, "series": {f"{NUMBER}_{BIRTH}": {"report": REPORT}}}
     (root / "annotations.json").write_text(json.dumps(annotation))
-    nifti = save_nifti(root / f"sub-{NAME}_T1w.nii", image + 1, oblique_affine())
+    other = rescalable(random_image(7, (5, 32, 24)))
+    nifti = save_nifti(root / f"sub-{NAME}_T1w.nii", other, oblique_affine())
     header = nib.load(nifti, mmap=False)
     header.header["descrip"], header.header["db_name"] = f"{NAME} {NUMBER}".encode(), PLACE.encode()[:18]
     nib.save(header, nifti)
