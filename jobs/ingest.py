@@ -42,7 +42,8 @@ from pathlib import Path
 
 from omnimri.jobs.command import job_parser, run_job
 from omnimri.platform.cluster import ensure_ray
-from omnimri.platform.data.intake.ingest import IngestConfig, IngestSummary, ingest
+from omnimri.platform.data.intake.config import IngestConfig
+from omnimri.platform.data.intake.ingest import IngestSummary, ingest
 from omnimri.platform.data.intake.summary import format_summary
 from omnimri.platform.overrides import apply_overrides
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from omnimri.platform import registry
-from omnimri.platform.data.intake.ingest import IngestConfig, IngestSummary, ingest
+from omnimri.platform.data.intake.config import IngestConfig
+from omnimri.platform.data.intake.ingest import IngestSummary, ingest
 from omnimri.platform.data.intake.report import REPORT_NAME
 from omnimri.platform.data.shards import Shards
 from omnimri.platform.evaluation.config import EvaluateConfig

@@ -26,7 +26,8 @@ from omnimri.models.scan import Scan
 from omnimri.platform.data.formats.readers import WorkItem, group, probe_files
 from omnimri.platform.data.formats.records import ReadLimits, SeriesRecord
 from omnimri.platform.data.formats.sources import open_sources
-from omnimri.platform.data.intake.ingest import IngestConfig, ingest
+from omnimri.platform.data.intake.config import IngestConfig
+from omnimri.platform.data.intake.ingest import ingest
 from omnimri.platform.data.intake.quality import QualityLimits
 from omnimri.platform.data.intake.writer import PlannedItem, make_row, write_shard
 from omnimri.platform.data.schema import SCHEMA
@@ -106,7 +107,7 @@ def _by_ingest(items: Sequence[WorkItem], out: Path) -> int:
 
 def _by_own_functions(items: Sequence[WorkItem], out: Path) -> int:
     planned = [_planned(item) for item in items]
-    report = write_shard(planned, out / "shard.parquet", ReadLimits(), compression_level=1)
+    report = write_shard(planned, out / "shard.parquet", IngestConfig())
     return len(report.rows)
 
 

@@ -27,7 +27,7 @@ METHOD = {
     "profile": "DICOM PS3.15 Annex E, Basic Application Level Confidentiality Profile",
     "codes": ["113100", "113103", "113105"],  # CID 7050: basic profile; clean graphics; clean descriptors
     "by": "Only listed facts leave a header; identifiers become keyed pseudonyms; dates and private elements are "
-    "dropped; burnt-in text is refused; words of the header are removed from texts.",
+    "dropped; pixels whose header says that text is burnt in are refused; words of the header are removed from texts.",
 }
 """What a manifest says of how its rows were de-identified."""
 

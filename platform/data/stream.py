@@ -177,8 +177,7 @@ def _segment_by_ray(wanted: Wanted, maker: SampleMaker, config: StreamConfig) ->
     """The samples of these slots, in their order, as a materialised dataset in Ray's object store."""
     import ray.data
 
-    # Executions whose every step the log of the loop tells; Ray Data sets its level when imported.
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    from omnimri.platform.cluster import quiet_ray_data
 
     def make_slot(row: dict[str, Any]) -> dict[str, Any]:
         source, indices = wanted[row["item"]]
@@ -186,15 +185,13 @@ def _segment_by_ray(wanted: Wanted, maker: SampleMaker, config: StreamConfig) ->
         return {"samples": pickle.dumps([maker(source, index) for index in indices], protocol=5)}
 
     num_blocks = -(-len(wanted) // config.slots_per_task)
-    dataset = ray.data.from_items(list(range(len(wanted))), override_num_blocks=num_blocks)
-    dataset = dataset.map(
-        make_slot, num_cpus=config.cpus_per_task, compute=ray.data.TaskPoolStrategy(size=config.num_tasks)
-    )
-    context = dataset.context
-    context.enable_progress_bars = False
-    context.execution_options.preserve_order = True
-    context.execution_options.verbose_progress = False
-    return dataset.materialize()
+    with quiet_ray_data():
+        dataset = ray.data.from_items(list(range(len(wanted))), override_num_blocks=num_blocks)
+        dataset = dataset.map(
+            make_slot, num_cpus=config.cpus_per_task, compute=ray.data.TaskPoolStrategy(size=config.num_tasks)
+        )
+        dataset.context.execution_options.preserve_order = True
+        return dataset.materialize()
 
 
 _END = object()

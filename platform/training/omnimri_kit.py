@@ -66,7 +66,8 @@ class OmniMRIKit:
 
     def data_digest(self, data: Sequence[str]) -> str:
         """See `Kit`."""
-        shards, kept = Shards.open(data), self._rows(data)
+        shards = Shards.open(data)
+        kept = self._admitted(shards)
         if len(kept) < len(shards):
             used, all_ = count_licences(kept), count_licences(shards)
             logger.info("licences %r, hold_out %s: %s of %s", self.licences, dict(self.hold_out), used, all_)
@@ -83,7 +84,10 @@ class OmniMRIKit:
         return SourceRows(rows=rows, load=_Load(SOURCES[source].columns), make=_Make(source, options))
 
     def _rows(self, data: Sequence[str]) -> Shards:
-        return licensed(Shards.open(data), self.licences).without_patients(**self.hold_out)
+        return self._admitted(Shards.open(data))
+
+    def _admitted(self, shards: Shards) -> Shards:
+        return licensed(shards, self.licences).without_patients(**self.hold_out)
 
     def build_tokenizer(self, data: Sequence[str], config: OmniMRIConfig, folder: Path) -> None:
         """See `Kit`."""

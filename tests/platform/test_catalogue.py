@@ -32,7 +32,8 @@ from omnimri.platform.data.catalogue.patterns import Pattern
 from omnimri.platform.data.formats.readers import group, probe_files, read_item
 from omnimri.platform.data.formats.records import ReadError, ReadLimits
 from omnimri.platform.data.formats.sources import open_sources
-from omnimri.platform.data.intake.ingest import IngestConfig, ingest
+from omnimri.platform.data.intake.config import IngestConfig
+from omnimri.platform.data.intake.ingest import ingest
 from omnimri.platform.data.intake.quality import QualityLimits
 from omnimri.platform.data.intake.writer import PlannedItem, make_row
 from omnimri.platform.data.schema import FACTS, unpack_array

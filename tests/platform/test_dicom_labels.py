@@ -19,6 +19,7 @@ from omnimri.platform.data.formats.readers import group, probe_files, read_path
 from omnimri.platform.data.formats.records import ReadLimits
 from omnimri.platform.data.formats.sources import open_sources
 from omnimri.platform.data.intake.annotations import parse_sidecars
+from omnimri.platform.data.intake.config import IngestConfig
 from omnimri.platform.data.intake.writer import PlannedItem, write_shard
 from tests.platform.intake_fakes import (
     dicom_slices,
@@ -304,7 +305,7 @@ def _shard(folder: Path) -> tuple[dict, list[dict[str, str]], bytes]:
         )
         for item in items
     ]  # fmt: skip
-    report = write_shard(planned, folder / "shard.parquet", ReadLimits(), compression_level=1)
+    report = write_shard(planned, folder / "shard.parquet", IngestConfig())
     [row] = pq.read_table(folder / "shard.parquet").to_pylist()
     return row, [*(e.as_row() for e in errors), *report.rejects], (folder / "shard.parquet").read_bytes()
 

@@ -17,7 +17,8 @@ from omnimri.jobs import ingest as job
 from omnimri.models.geometry import to_canonical
 from omnimri.platform.corpus.corpus import CorpusConfig, write_corpus
 from omnimri.platform.data.deid import KEY_VARIABLE
-from omnimri.platform.data.intake.ingest import IngestConfig, ingest
+from omnimri.platform.data.intake.config import IngestConfig
+from omnimri.platform.data.intake.ingest import ingest
 from omnimri.platform.data.intake.report import cross_table
 from omnimri.platform.data.schema import SCHEMA
 from omnimri.platform.data.shards import Shards, load_row, row_to_scan

@@ -18,8 +18,20 @@ from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 
 from omnimri.platform.data.deid import REMOVED, header_identifiers, scrub
+from omnimri.platform.data.formats.readers import read_path
 from tests.conftest import ROOT
-from tests.platform.intake_fakes import dicom_slices, oblique_affine, random_image, rescalable, save_dicom, save_nifti
+from tests.platform.intake_fakes import (
+    coil_kspace,
+    dicom_slices,
+    ismrmrd_header,
+    oblique_affine,
+    random_image,
+    rescalable,
+    save_dicom,
+    save_fastmri,
+    save_ismrmrd,
+    save_nifti,
+)  # fmt: skip
 
 SECRETS = (
     "Zwirnlein", "Quastenflosser", "QZ-4711-88", "1931-07-23", "19310723", "23.07.1931", "Oberhinterwald",
@@ -119,6 +131,18 @@ def test_text_loses_what_the_header_says_of_person_place_and_day() -> None:
     assert not any(secret.lower() in cleaned.lower() for secret in SECRETS)
     assert cleaned.endswith("An old infarct on the left.")
     assert cleaned.count(REMOVED) == 5
+
+
+@pytest.mark.parametrize("layout", ["fastmri", "ismrmrd"])
+def test_names_in_headers_of_raw_data_are_looked_for_too(tmp_path: Path, layout: str) -> None:
+    kspace = coil_kspace(rescalable(random_image(4, (2, 16, 12))))
+    if layout == "fastmri":
+        save_fastmri(tmp_path / "a.h5", kspace, ismrmrd_header((2, 16, 12), (4.0, 1.0, 1.0)), patient_id=NUMBER)
+    else:
+        save_ismrmrd(tmp_path / "a.h5", kspace, oblique_affine())
+    [record], _ = read_path(tmp_path / "a.h5")
+    cleaned = scrub(f"Jane Doe, {'P-001' if layout == 'ismrmrd' else NUMBER}: an axial scan.", record.identifiers)
+    assert cleaned == f"{REMOVED} {REMOVED}, {REMOVED}: an axial scan."
 
 
 def test_words_that_only_contain_an_identifier_stay() -> None:

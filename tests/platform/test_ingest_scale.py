@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from omnimri.platform.data.intake.ingest import IngestConfig, ingest
+from omnimri.platform.data.intake.config import IngestConfig
+from omnimri.platform.data.intake.ingest import ingest
 from omnimri.platform.data.shards import Shards
 from tests.platform.mixed_files import BROKEN, write_mixed
 

@@ -12,8 +12,8 @@ import pytest
 
 from omnimri.models.scan import Scan
 from omnimri.platform.data.formats.readers import WorkItem, read_path
-from omnimri.platform.data.formats.records import ReadLimits
 from omnimri.platform.data.intake.annotations import Annotation
+from omnimri.platform.data.intake.config import IngestConfig
 from omnimri.platform.data.intake.writer import PlannedItem, write_shard
 from omnimri.platform.data.schema import SCHEMA, SCHEMA_VERSION
 from omnimri.platform.data.shards import Shards, load_row, row_to_scan
@@ -32,7 +32,7 @@ def _corpus(folder: Path, seeds: range, split: str = "train") -> Path:
         planned.append(_planned(folder / "in", f"{seed}.nii", "nifti", split))
     save_fastmri(folder / "in" / "raw.h5", coil_kspace(random_image(seeds[0] + 1000, SHAPE)))
     planned.append(_planned(folder / "in", "raw.h5", "fastmri", split))
-    report = write_shard(planned, folder / "shards" / "shard-00000.parquet", ReadLimits(), compression_level=1)
+    report = write_shard(planned, folder / "shards" / "shard-00000.parquet", IngestConfig())
     assert report.rejects == []
     (folder / "manifest.json").write_text(json.dumps({"schema_version": SCHEMA_VERSION, "rows": report.rows}))
     return folder

@@ -25,7 +25,6 @@ from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian
 from omnimri.models.scan import Scan
 from omnimri.platform.data.deid import header_identifiers
 from omnimri.platform.data.formats import dicom_labels, dicom_mosaic
-from omnimri.platform.data.formats.dicom_labels import LPS_TO_RAS
 from omnimri.platform.data.formats.dicom_overlays import overlay_labels
 from omnimri.platform.data.formats.dicom_refusals import (
     ENHANCED_MR_IMAGE,
@@ -36,6 +35,7 @@ from omnimri.platform.data.formats.dicom_refusals import (
 )
 from omnimri.platform.data.formats.facts import dicom_facts
 from omnimri.platform.data.formats.records import (
+    LPS_TO_RAS,
     UNREADABLE,
     ReadError,
     ReadLimits,

@@ -23,6 +23,7 @@ from omnimri.models.scan import Scan
 from omnimri.platform.data.formats.dicom_names import label_name, segment_name
 from omnimri.platform.data.formats.label_maps import Labels, on_grid
 from omnimri.platform.data.formats.records import (
+    LPS_TO_RAS,
     UNREADABLE,
     ReadError,
     ReadLimits,
@@ -30,8 +31,6 @@ from omnimri.platform.data.formats.records import (
     check_array_bytes,
     quiet_libraries,
 )  # fmt: skip
-
-LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 _LABEL_MAP_SEGMENTATION = "1.2.840.10008.5.1.4.1.1.66.7"
 _KINDS = {

@@ -206,3 +206,16 @@ def ismrmrd_facts(header: Any, affine: np.ndarray, *, echo: int = 0) -> Facts:
         "sex": sex(getattr(getattr(subject, "patientGender", None), "value", getattr(subject, "patientGender", None))),
         "age_years": None,
     }
+
+
+def ismrmrd_identifiers(header: Any) -> dict[str, Any]:
+    """What an ISMRMRD header says of person, place and day, by the DICOM keywords of `deid.header_identifiers`."""
+    subject, study, system = header.subjectInformation, header.studyInformation, header.acquisitionSystemInformation
+    sources = {
+        "PatientName": (subject, "patientName"), "PatientID": (subject, "patientID"),
+        "PatientBirthDate": (subject, "patientBirthdate"), "StudyDate": (study, "studyDate"),
+        "AccessionNumber": (study, "accessionNumber"), "StudyID": (study, "studyID"),
+        "StudyInstanceUID": (study, "studyInstanceUID"), "ReferringPhysicianName": (study, "referringPhysicianName"),
+        "InstitutionName": (system, "institutionName"), "StationName": (system, "stationName"),
+    }  # fmt: skip
+    return {keyword: getattr(part, name, None) for keyword, (part, name) in sources.items()}

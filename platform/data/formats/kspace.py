@@ -18,7 +18,8 @@ import h5py
 import numpy as np
 
 from omnimri.models.scan import Scan
-from omnimri.platform.data.formats.facts import Facts, body_part, ismrmrd_facts, plane
+from omnimri.platform.data.deid import header_identifiers
+from omnimri.platform.data.formats.facts import Facts, body_part, ismrmrd_facts, ismrmrd_identifiers, plane
 from omnimri.platform.data.formats.records import (
     UNREADABLE,
     ReadError,
@@ -92,6 +93,8 @@ class RawKeys:
     """`fastmri`, `ismrmrd`, or one of `kspace_layouts.LAYOUTS`."""
     patient: str
     study: str
+    identifiers: tuple[str, ...] = ()
+    """What the header says of person, place and day, as `deid.header_identifiers` gives it."""
 
 
 def probe(path: Path, source: str) -> RawKeys:
@@ -104,12 +107,16 @@ def probe(path: Path, source: str) -> RawKeys:
     try:
         with quiet_libraries(), open_kspace(path, source) as (file, layout, group):
             if layout != "ismrmrd":
-                patient = _text(file.attrs.get("patient_id")) or stem
-                return RawKeys(layout, patient, patient)
+                stated = _text(file.attrs.get("patient_id"))
+                patient = stated or stem
+                found = _header(file["ismrmrd_header"][()], source) if "ismrmrd_header" in file else None
+                named = ismrmrd_identifiers(found) if found is not None else {}
+                return RawKeys(layout, patient, patient, header_identifiers(named | {"PatientID": stated}))
             header = _header(group["xml"][0], source)
             patient = str(getattr(header.subjectInformation, "patientID", None) or stem)
             study = getattr(header.studyInformation, "studyInstanceUID", None)
-            return RawKeys(layout, patient, str(study or getattr(header.studyInformation, "studyID", None) or patient))
+            study = str(study or getattr(header.studyInformation, "studyID", None) or patient)
+            return RawKeys(layout, patient, study, header_identifiers(ismrmrd_identifiers(header)))
     except ReadError:
         raise
     except UNREADABLE as error:
@@ -146,7 +153,7 @@ def read_scans(
     return [
         SeriesRecord(
             scan=scan, source=source, source_format=keys.layout, patient_key=keys.patient, study_key=keys.study,
-            series_key=source, volume=index, num_volumes=len(scans),
+            series_key=source, volume=index, num_volumes=len(scans), identifiers=keys.identifiers,
         )
         for index, scan in enumerate(scans)
     ], []  # fmt: skip

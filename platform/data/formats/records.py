@@ -17,6 +17,9 @@ from pydicom.errors import BytesLengthException, InvalidDicomError
 
 from omnimri.models.scan import Scan
 
+LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+"""From the world axes of DICOM, NRRD and MetaImage to ours."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReadLimits:

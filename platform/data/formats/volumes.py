@@ -20,10 +20,15 @@ import numpy as np
 from omnimri.models.scan import Scan
 from omnimri.platform.data.formats import nifti
 from omnimri.platform.data.formats.facts import Facts, sidecar_facts
-from omnimri.platform.data.formats.records import UNREADABLE, ReadError, ReadLimits, SeriesRecord, check_array_bytes
+from omnimri.platform.data.formats.records import (
+    LPS_TO_RAS,
+    UNREADABLE,
+    ReadError,
+    ReadLimits,
+    SeriesRecord,
+    check_array_bytes,
+)
 from omnimri.platform.data.formats.sources import Archive, Folder
-
-LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 KINDS = {
     ".nrrd": "nrrd", ".nhdr": "nrrd", ".mha": "metaimage", ".mhd": "metaimage", ".npy": "numpy", ".npz": "numpy",

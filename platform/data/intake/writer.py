@@ -18,10 +18,12 @@ import torch
 from omnimri.models.physics import compress_coils
 from omnimri.models.scan import Scan
 from omnimri.platform.data.deid import scrub, whitelisted
+from omnimri.platform.data.formats.facts import Facts
 from omnimri.platform.data.formats.readers import WorkItem, read_item
 from omnimri.platform.data.formats.records import ReadError, ReadLimits, SeriesRecord
 from omnimri.platform.data.formats.sources import open_container
 from omnimri.platform.data.intake.annotations import Annotation, check_boxes, merge_facts, placed_boxes, read_labels
+from omnimri.platform.data.intake.config import IngestConfig
 from omnimri.platform.data.intake.quality import QualityLimits, fingerprint, image_quality, quality_flags
 from omnimri.platform.data.schema import SCHEMA, SCHEMA_VERSION, pack_array
 
@@ -57,15 +59,7 @@ class ShardReport:
     rejects: list[dict[str, str]]
 
 
-def write_shard(
-    planned: list[PlannedItem],
-    path: Path,
-    limits: ReadLimits,
-    *,
-    compression_level: int,
-    quality: QualityLimits | None = None,
-    max_coils: int | None = None,
-) -> ShardReport:
+def write_shard(planned: list[PlannedItem], path: Path, config: IngestConfig) -> ShardReport:
     """Read items and write their volumes to one shard, one row to a row group.
 
     The shard appears under its name when it is complete, so a task that is run again after a crash changes nothing.
@@ -73,10 +67,7 @@ def write_shard(
     Args:
         planned: What to read.
         path: The Parquet file; not made when no item could be read.
-        limits: Bounds on sizes.
-        compression_level: Of zstd.
-        quality: Beyond what a volume is flagged.
-        max_coils: Virtual coils to which k-space with more is compressed; None keeps all.
+        config: Limits, compression, quality bounds, coils.
     """
     rows: list[dict[str, Any]] = []
     rejects: list[ReadError] = []
@@ -85,13 +76,13 @@ def write_shard(
         partial,
         SCHEMA,
         compression="zstd",
-        compression_level=compression_level,
+        compression_level=config.compression_level,
         # Dictionaries and minima of megabyte values would double the file.
         use_dictionary=False,
         write_statistics=_STATISTICS,
     ) as writer:
         for plan in planned:
-            records, errors = read_item(plan.item, limits)
+            records, errors = read_item(plan.item, config.limits)
             rejects += errors
             for record in records:
                 if np.ptp(record.scan.image) == 0:
@@ -99,10 +90,10 @@ def write_shard(
                         ReadError(record.source, "A blank volume: every voxel has one value.", "Leave it out.")
                     )
                     continue
-                if record.scan.kspace is not None and max_coils is not None:
-                    kspace = compress_coils(torch.from_numpy(record.scan.kspace), max_coils).numpy()
+                if record.scan.kspace is not None and config.max_coils is not None:
+                    kspace = compress_coils(torch.from_numpy(record.scan.kspace), config.max_coils).numpy()
                     record = replace(record, scan=replace(record.scan, kspace=kspace))
-                row, errors = make_row(record, plan, limits, quality or QualityLimits())
+                row, errors = make_row(record, plan, config.limits, config.quality)
                 rejects += errors
                 writer.write_table(pa.Table.from_pylist([row], schema=SCHEMA), row_group_size=1)
                 rows.append(manifest_entry(row, record, path.name, len(rows)))
@@ -148,16 +139,16 @@ def make_row(
         **facts,
         "quality": measured,
         "flags": quality_flags(scan.image.shape, measured, quality, t1_weighted=facts["contrast"] == "T1w")
-        + face_flags(scan, measured, plan),
+        + face_flags(scan, facts, measured, plan),
         "fingerprint": fingerprint(scan.image, scan.affine),
         "preprocessing_version": INTAKE_VERSION,
     }
     return {"row_id": row_digest(row)[:16], **row}, errors
 
 
-def face_flags(scan: Scan, measured: Mapping[str, float | None], plan: PlannedItem) -> list[str]:
+def face_flags(scan: Scan, facts: Facts, measured: Mapping[str, float | None], plan: PlannedItem) -> list[str]:
     """Whether a face could be made from a row: raw data of a head, or a head whose surroundings were not removed."""
-    if plan.simulated or scan.facts.get("body_part") != "brain":
+    if plan.simulated or facts["body_part"] != "brain":
         return []
     return ["face may be recognisable"] if scan.kspace is not None or measured["snr"] is not None else []
 

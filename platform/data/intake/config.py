@@ -1,0 +1,51 @@
+"""How a corpus is made from files; every field can be set by `omnimri ingest --set`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from omnimri.platform.data.formats.records import ReadLimits
+from omnimri.platform.data.intake.quality import QualityLimits
+
+
+@dataclass(frozen=True, kw_only=True)
+class IngestConfig:
+    """How a corpus is made from files."""
+
+    dataset: str | None = None
+    """Name of the data set; None takes it from dataset.json or dataset_description.json of the source. A name of the
+    catalogue also reads the sources in the layout that the catalogue describes."""
+    licence: str | None = None
+    """Licence of the data set; None takes it from the same file."""
+    seed: int = 0
+    """Another seed splits the patients differently."""
+    split_fractions: tuple[float, float, float] = (0.7, 0.1, 0.2)
+    """Shares of patients in train, val and test."""
+    split_by: Literal["rank", "hash"] = "rank"
+    """`rank`: exactly these shares of this corpus. `hash`: a patient keeps its split when the data set grows."""
+    items_per_shard: int = 12
+    """Series that one task reads into one Parquet file."""
+    bytes_per_shard: int = 256 * 2**20
+    """Bytes of source files after which a shard is full, whatever the number of series."""
+    files_per_probe: int = 512
+    """Headers that one task reads."""
+    cpus_per_task: float = 1.0
+    """Logical CPUs that Ray reserves for one task."""
+    compression_level: int = 1
+    """Of zstd. Noise does not compress: level 1 is as small as 9 within a few percent."""
+    overwrite: bool = False
+    """Replace a corpus that is in the way."""
+    limits: ReadLimits = field(default_factory=ReadLimits)
+    max_coils: int | None = None
+    """Compress k-space of more coils to so many virtual ones; None keeps the coils as they are."""
+    quality: QualityLimits = field(default_factory=QualityLimits)
+    """Beyond what a volume is flagged; it is kept."""
+
+    def __post_init__(self) -> None:
+        if abs(sum(self.split_fractions) - 1) > 1e-6 or min(self.split_fractions) < 0:
+            raise ValueError(f"split_fractions must be three shares that add up to 1, found {self.split_fractions}.")
+        if min(self.items_per_shard, self.bytes_per_shard, self.files_per_probe) < 1:
+            raise ValueError("items_per_shard, bytes_per_shard and files_per_probe must be 1 or more.")
+        if self.max_coils is not None and self.max_coils < 1:
+            raise ValueError(f"max_coils must be 1 or more, or none, found {self.max_coils}.")

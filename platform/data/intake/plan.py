@@ -1,0 +1,206 @@
+"""The plan of an ingest: what the headers of all files say, made into one planned item per series.
+
+Runs on the driver but for the probing of headers. Raw identifiers end here: the plan holds pseudonyms and splits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from omnimri.platform.data import deid
+from omnimri.platform.data.catalogue.entries import DatasetEntry, catalogue, find_dataset, overlap_group, suggestion
+from omnimri.platform.data.catalogue.layout import CARD_KEY, Layouts
+from omnimri.platform.data.formats.readers import ANNOTATIONS_NAME, Probe, WorkItem, group, probe_files
+from omnimri.platform.data.formats.records import ReadError, ReadLimits
+from omnimri.platform.data.formats.sources import Archive, Folder, Source
+from omnimri.platform.data.intake.annotations import Annotation, Sidecars, parse_sidecars
+from omnimri.platform.data.intake.config import IngestConfig
+from omnimri.platform.data.intake.tasks import run_tasks
+from omnimri.platform.data.intake.writer import PlannedItem
+
+logger = logging.getLogger(__name__)
+
+UNNAMED_DATASET = "unnamed"
+
+
+def make_plan(
+    sources: Sequence[Source], layouts: Layouts, key: bytes, config: IngestConfig
+) -> tuple[list[PlannedItem], list[ReadError]]:
+    """Probe every file, group series, and decide pseudonyms and splits. Raw identifiers end here."""
+    probes = _probe_all(sources, config)
+    found: list[tuple[WorkItem, Annotation | None, DatasetCard]] = []
+    errors: list[ReadError] = []
+    for source, probed in zip(sources, probes, strict=True):
+        sidecars, refused = parse_sidecars(_contents(source, (ANNOTATIONS_NAME,)), source.prefix)
+        cards = _dataset_cards(source)
+        kept, label_maps, left_out = layouts.place(source, probed)
+        items, failed = group(kept, source, label_maps=sidecars.label_maps() | label_maps)
+        errors += [*refused, *left_out, *failed]
+        for item in items:
+            annotation, refusal = _annotation(sidecars, item)
+            if annotation is None and not refusal:
+                annotation, refusal = layouts.annotation(source, item)
+            errors += refusal
+            entry = layouts.entry_of(source.prefix + item.names[0])
+            found.append((item, annotation, _card_of(item, cards, config, entry)))
+    found.sort(key=lambda entry: (entry[0].source, entry[0].series))
+    patients = [(card.name, _patient(item, annotation)) for item, annotation, card in found]
+    persons = [(overlap_group(dataset), patient) for dataset, patient in patients]
+    splits = deid.assign_splits(persons, config.split_fractions, seed=config.seed, by=config.split_by)
+    planned = [
+        PlannedItem(
+            item=dataclasses.replace(item, patient="", study="", series=""),
+            dataset=card.name,
+            licence=card.licence,
+            simulated=card.simulated,
+            split=splits[person],
+            patient_id=deid.pseudonym(key, "patient", *patient),
+            study_id=deid.pseudonym(key, "study", *patient, item.study),
+            series_id=deid.pseudonym(key, "series", *patient, item.kind, item.series),
+            annotation=annotation and dataclasses.replace(annotation, participant_id=""),
+        )
+        for (item, annotation, card), patient, person in zip(found, patients, persons, strict=True)
+    ]
+    logger.info("found %d series of %d patients", len(planned), len(set(patients)))
+    return planned, errors
+
+
+def _patient(item: WorkItem, annotation: Annotation | None) -> str:
+    """The raw patient key: what the annotation says wins, so that all series of a participant stay together."""
+    return (annotation.participant_id if annotation else "") or item.patient
+
+
+def _annotation(sidecars: Sidecars, item: WorkItem) -> tuple[Annotation | None, list[ReadError]]:
+    try:
+        return sidecars.find(item.names), []
+    except ValueError as error:
+        return None, [ReadError(item.source, f"Its annotation is not valid: {error}.", "The volume was kept.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetCard:
+    """What a data set says of itself."""
+
+    name: str
+    licence: str | None
+    simulated: bool
+
+
+def _dataset_cards(source: Source) -> dict[str, DatasetCard]:
+    """Folder to the card that lies in it: our dataset.json, or dataset_description.json of BIDS."""
+    cards = {}
+    contents = _contents(source, ("dataset_description.json", "dataset.json"))
+    for name in sorted(contents, reverse=True):  # dataset.json comes last and wins
+        try:
+            content = json.loads(contents[name])
+        except ValueError:
+            continue
+        if isinstance(content, dict):
+            cards[str(PurePosixPath(name).parent)] = DatasetCard(
+                name=str(content.get("name") or content.get("Name") or UNNAMED_DATASET),
+                licence=content.get("licence") or content.get("license") or content.get("License"),
+                simulated=content.get("simulated") is True,
+            )
+    return cards
+
+
+def catalogued_roots(sources: Sequence[Source], config: IngestConfig) -> dict[str, DatasetEntry]:
+    """Folder to the catalogued layout of what lies below it: named by the configuration, or by a dataset.json.
+
+    Raises:
+        ValueError: If a dataset.json names a layout that is not in the catalogue.
+    """
+    if config.dataset is not None and config.dataset in catalogue():
+        return {"": catalogue()[config.dataset]}
+    if config.dataset is not None and (close := suggestion(config.dataset)):
+        logger.warning("%s is not in the catalogue, so no layout is assumed.%s", config.dataset, close)
+    roots = {}
+    for source in sources:
+        for name, content in _contents(source, ("dataset.json",)).items():
+            layout = _json_object(content).get(CARD_KEY)
+            if isinstance(layout, str):
+                roots[(source.prefix + name).rpartition("/")[0]] = find_dataset(layout)
+    return roots
+
+
+def _json_object(content: bytes) -> dict[str, Any]:
+    """A JSON object; empty where the content is none."""
+    try:
+        document = json.loads(content)
+    except ValueError:
+        return {}
+    return document if isinstance(document, dict) else {}
+
+
+def _card_of(
+    item: WorkItem, cards: dict[str, DatasetCard], config: IngestConfig, entry: DatasetEntry | None = None
+) -> DatasetCard:
+    """The nearest card at or above a series, with what the catalogue or the configuration says instead."""
+    near = [cards[str(folder)] for folder in PurePosixPath(item.names[0]).parents if str(folder) in cards]
+    card = near[0] if near else DatasetCard(name=UNNAMED_DATASET, licence=None, simulated=False)
+    if entry is not None:
+        card = dataclasses.replace(card, name=entry.name, licence=entry.stated_licence or card.licence)
+    return dataclasses.replace(card, name=config.dataset or card.name, licence=config.licence or card.licence)
+
+
+def _contents(source: Source, names: Sequence[str]) -> dict[str, bytes]:
+    """Content of every file of the source that has one of these names."""
+    wanted = [name for name in source.sizes if PurePosixPath(name).name in names]
+    if source.named_alone:
+        wanted = [name for name in names if source.container.holds(name)]
+    contents = {}
+    for name in wanted:
+        with source.container.open(name) as stream:
+            contents[name] = stream.read()
+    return contents
+
+
+def _probe_all(sources: Sequence[Source], config: IngestConfig) -> list[list[Probe]]:
+    """Headers of all files, one list per source; a task takes a batch of files, of several sources if they are few."""
+    batches: list[list[_ProbePart]] = [[]]
+    room = config.files_per_probe
+    for index, source in enumerate(sources):
+        names = list(source.sizes.items())
+        while names:
+            part, names = names[:room], names[room:]
+            batches[-1].append(
+                _ProbePart(index, str(source.container.path), isinstance(source.container, Archive), part)
+            )
+            room -= len(part)
+            if room == 0:
+                batches.append([])
+                room = config.files_per_probe
+    probes: list[list[Probe]] = [[] for _ in sources]
+    for batch in run_tasks(
+        _ProbeTask(config.limits), [batch for batch in batches if batch], cpus_per_task=config.cpus_per_task
+    ):
+        for index, probed in batch:
+            probes[index] += probed
+    return probes
+
+
+@dataclass(frozen=True)
+class _ProbePart:
+    """Some files of one source."""
+
+    source: int
+    path: str
+    is_archive: bool
+    sizes: list[tuple[str, int]]
+
+
+@dataclass(frozen=True)
+class _ProbeTask:
+    limits: ReadLimits
+
+    def __call__(self, parts: list[_ProbePart]) -> list[tuple[int, list[Probe]]]:
+        return [(part.source, probe_files(self._container(part), dict(part.sizes))) for part in parts]
+
+    def _container(self, part: _ProbePart) -> Folder | Archive:
+        return Archive(Path(part.path), self.limits) if part.is_archive else Folder(Path(part.path))
