@@ -47,7 +47,7 @@ LIMITS = (
 """What keeps the demo short; `--set` still overrides."""
 
 PUBLIC_KEY = "simulated patients have no secret"
-"""Pseudonym key unless OMNIMRI_DEID_KEY names one, so that no run draws its own order of training and scored volumes."""
+"""Pseudonym key unless OMNIMRI_DEID_KEY names one; a new key would train and score in another order."""
 
 
 def main(argv: list[str] | None = None) -> int:
