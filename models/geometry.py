@@ -1,4 +1,4 @@
-"""Orientation and resampling of volumes whose arrays are `z y x` and whose affines act on `(x, y, z)`."""
+"""Orientation of volumes whose arrays are `z y x` and whose affines act on `(x, y, z)`; without torch, for readers."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 import nibabel as nib
 import numpy as np
-import torch
-import torch.nn.functional as F
 
 
 @dataclass(frozen=True)
@@ -50,24 +48,3 @@ def voxel_box_to_mm(box_voxel: list[int], affine: np.ndarray) -> list[float]:
     edges[:, :3] -= 0.5
     corners = (edges @ affine.T)[:, :3]
     return [round(float(v), 2) for v in (*corners.min(0), *corners.max(0))]
-
-
-def resize(array: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """Resize the last axes to `shape`: averaging where it shrinks, linear where it grows; `(B, C, *spatial)`."""
-    current = tuple(array.shape[2:])
-    shrunk = tuple(min(a, b) for a, b in zip(current, shape, strict=True))
-    if shrunk != current:
-        array = F.interpolate(array, size=shrunk, mode="area")
-    if shape != shrunk:
-        mode = "trilinear" if len(shape) == 3 else "bilinear"
-        array = F.interpolate(array, size=shape, mode=mode, align_corners=False)
-    return array
-
-
-def pad_or_crop(array: torch.Tensor, shape: tuple[int, ...], value: float = 0.0) -> torch.Tensor:
-    """Centre the last axes of an array in `shape`, padding with `value` or cropping."""
-    padding: list[int] = []
-    for size, target in zip(reversed(array.shape[-len(shape) :]), reversed(shape), strict=True):
-        before = (target - size) // 2
-        padding += [before, target - size - before]
-    return F.pad(array, padding, value=value)

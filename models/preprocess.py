@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from omnimri.models.config import InputConfig
-from omnimri.models.geometry import Canonical, from_canonical, pad_or_crop, resize, to_canonical
+from omnimri.models.geometry import Canonical, from_canonical, to_canonical
+from omnimri.models.resample import pad_or_crop, resize
 from omnimri.models.scan import Scan
 
 CONTRACT_VERSION = 1

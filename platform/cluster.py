@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import torch
 
 import omnimri
 from omnimri.platform.errors import ClusterError
@@ -53,7 +52,11 @@ def worker_environment(*, use_gpu: bool | None = None) -> dict[str, str]:
         Name to value. A variable that is set in this process keeps its value.
     """
     defaults = dict(WORKER_DEFAULTS)
-    if not (torch.cuda.is_available() if use_gpu is None else use_gpu):
+    if use_gpu is None:
+        import torch  # takes a second, and every worker of Ray Data imports this file
+
+        use_gpu = torch.cuda.is_available()
+    if not use_gpu:
         defaults["DS_ACCELERATOR"] = "cpu"
     return {name: os.environ.get(name, value) for name, value in defaults.items()}
 

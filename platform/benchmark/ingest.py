@@ -1,8 +1,9 @@
 """Ingest beside two single-process loops over the same files: how fast each is, and what Ray costs.
 
-The plain loop is what people write: pydicom and nibabel, sort, stack, rescale, affine, and the same Parquet row. It
-does not probe, de-identify or look for duplicates. The MONAI loop is its documented way to load: LoadImage,
-Orientation, Spacing (here at the file's own spacing); it writes nothing.
+The plain loop is what people write: group files by the series that their headers name, read with pydicom and nibabel,
+sort, stack, rescale, affine, and the same Parquet row. It does not de-identify or look for duplicates, and refuses
+nothing. The MONAI loop is its documented way to load: LoadImage, Orientation, Spacing (here at the file's own
+spacing); it is told which files are a series, and writes nothing.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -52,19 +54,20 @@ def benchmark_ingest(sources: Sequence[Path], *, repeats: int = 1) -> dict[str, 
     items = find_items(sources)
     if not items:
         raise ValueError(f"No DICOM series and no NIfTI file in {', '.join(map(str, sources))}.")
-    ways: dict[str, Callable[[Path], int]] = {
-        "ingest": lambda out: _by_ingest(items, out),
-        "own functions, one process": lambda out: _by_own_functions(items, out),
-        "pydicom and nibabel, one process": lambda out: _by_plain_loop(items, out),
-        "MONAI LoadImage, Orientation, Spacing": lambda out: _by_monai(items, out),
+    ways: dict[str, Callable[[Path, Path], int]] = {
+        "ingest": _by_ingest,
+        "own functions, one process": _by_own_functions,
+        "pydicom and nibabel, one process": _by_plain_loop,
+        "MONAI LoadImage, Orientation, Spacing": lambda files, _: _by_monai(items, files),
     }
     seconds: dict[str, float] = {}
     volumes: dict[str, int] = {}
     for name, way in ways.items():
         for _ in range(repeats):
             with TemporaryDirectory(prefix="omnimri-benchmark-") as folder:
+                files = _linked(items, Path(folder) / "files")
                 started = time.perf_counter()
-                volumes[name] = way(Path(folder))
+                volumes[name] = way(files, Path(folder))
                 seconds[name] = min(seconds.get(name, np.inf), time.perf_counter() - started)
     cpus = min(os.cpu_count() or 1, int(ray.cluster_resources().get("CPU", 1)))
     alone = seconds["own functions, one process"]
@@ -89,24 +92,22 @@ def find_items(sources: Sequence[Path]) -> list[WorkItem]:
     return found
 
 
-def _linked(items: Sequence[WorkItem], out: Path) -> list[Path]:
-    """A folder for each item with links to its files: MONAI reads a DICOM series by its folder."""
-    folders = []
+def _linked(items: Sequence[WorkItem], files: Path) -> Path:
+    """A folder with a folder of links for each item: MONAI reads a DICOM series by its folder."""
     for number, item in enumerate(items):
-        folders.append(out / "files" / f"{number:06d}")
-        folders[-1].mkdir(parents=True)
         for name in item.names:
-            (folders[-1] / Path(name).name).symlink_to(Path(item.container) / name)
-    return folders
+            link = files / f"{number:06d}" / Path(name).name
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(Path(item.container) / name)
+    return files
 
 
-def _by_ingest(items: Sequence[WorkItem], out: Path) -> int:
-    _linked(items, out)
-    return ingest([out / "files"], out / "shards", IngestConfig()).num_volumes
+def _by_ingest(files: Path, out: Path) -> int:
+    return ingest([files], out / "shards", IngestConfig()).num_volumes
 
 
-def _by_own_functions(items: Sequence[WorkItem], out: Path) -> int:
-    planned = [_planned(item) for item in items]
+def _by_own_functions(files: Path, out: Path) -> int:
+    planned = [_planned(item) for item in find_items([files])]
     report = write_shard(planned, out / "shard.parquet", IngestConfig())
     return len(report.rows)
 
@@ -118,24 +119,27 @@ def _planned(item: WorkItem) -> PlannedItem:
     )  # fmt: skip
 
 
-def _by_plain_loop(items: Sequence[WorkItem], out: Path) -> int:
+def _by_plain_loop(files: Path, out: Path) -> int:
+    series: dict[str, list[Path]] = defaultdict(list)
+    for path in sorted(path for path in files.rglob("*") if path.is_file()):
+        is_nifti = path.name.endswith((".nii", ".nii.gz"))
+        series[str(path) if is_nifti else pydicom.dcmread(path, stop_before_pixels=True).SeriesInstanceUID].append(path)
     with pq.ParquetWriter(out / "plain.parquet", SCHEMA, compression="zstd", compression_level=1,
                           use_dictionary=False) as writer:  # fmt: skip
-        for item in items:
-            paths = [Path(item.container) / name for name in item.names]
-            array, affine = _load_dicom(paths) if item.kind == "dicom" else _load_nifti(paths[0])
+        for name, paths in series.items():
+            array, affine = _load_nifti(paths[0]) if name == str(paths[0]) else _load_dicom(paths)
             for volume in array:
-                writer.write_table(pa.Table.from_pylist([_plain_row(volume, affine, item)], schema=SCHEMA))
+                writer.write_table(pa.Table.from_pylist([_plain_row(volume, affine)], schema=SCHEMA))
     return pq.ParquetFile(out / "plain.parquet").metadata.num_rows
 
 
-def _plain_row(volume: np.ndarray, affine: np.ndarray, item: WorkItem) -> dict[str, Any]:
+def _plain_row(volume: np.ndarray, affine: np.ndarray) -> dict[str, Any]:
     record = SeriesRecord(
-        scan=Scan(image=volume, affine=affine, facts={}), source=item.source, source_format=item.kind,
+        scan=Scan(image=volume, affine=affine, facts={}), source="", source_format="",
         patient_key="", study_key="", series_key="",
     )  # fmt: skip
-    row, _ = make_row(record, _planned(item), ReadLimits(), QualityLimits())
-    return row
+    item = WorkItem(kind="", container="", names=(), source="", num_bytes=0)
+    return make_row(record, _planned(item), ReadLimits(), QualityLimits()).values
 
 
 def _load_dicom(paths: Sequence[Path]) -> tuple[np.ndarray, np.ndarray]:
@@ -166,11 +170,11 @@ def _load_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
     return np.ascontiguousarray(array.transpose(3, 2, 1, 0)), np.asarray(image.affine)  # type: ignore[attr-defined]
 
 
-def _by_monai(items: Sequence[WorkItem], out: Path) -> int:
+def _by_monai(items: Sequence[WorkItem], files: Path) -> int:
     from monai.transforms import Compose, LoadImage, Orientation, Spacing
 
     done = 0
-    for item, folder in zip(items, _linked(items, out), strict=True):
+    for item, folder in zip(items, sorted(files.iterdir()), strict=True):
         reader, path = ("PydicomReader", folder) if item.kind == "dicom" else ("NibabelReader", next(folder.iterdir()))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it tries every reader that it knows, and says which are not installed

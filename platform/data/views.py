@@ -18,7 +18,6 @@ import numpy as np
 import torch
 
 from omnimri.models.boxes import Box, BoxCoder, boxes_to_text
-from omnimri.models.geometry import pad_or_crop
 from omnimri.models.physics import (
     SenseOperator,
     estimate_sens_maps,
@@ -28,6 +27,7 @@ from omnimri.models.physics import (
 )
 from omnimri.models.preprocess import Preprocess
 from omnimri.models.prompts import diagnosis_answer, instruction_for, tagged
+from omnimri.models.resample import pad_or_crop
 from omnimri.models.scan import Scan
 from omnimri.models.vocabulary import CONTRASTS, LESION, PLANES, TISSUES
 from omnimri.platform.data.shards import RowRef, row_to_scan

@@ -64,9 +64,9 @@ def read_as(root: Path, entry: DatasetEntry) -> tuple[list[dict[str, Any]], list
                 patient_id="p", study_id="s", series_id="r", annotation=annotation,
             )  # fmt: skip
             for record in records:
-                row, misfits = make_row(record, plan, LIMITS, QualityLimits())
-                rows.append({**row, "source": record.source})
-                errors += misfits
+                row = make_row(record, plan, LIMITS, QualityLimits())
+                rows.append({**row.values, "source": record.source})
+                errors += row.misfits
     return rows, errors, patients
 
 

@@ -47,8 +47,8 @@ def test_snr_is_signal_over_the_sigma_of_the_complex_noise(sigma: float) -> None
 def test_a_ghost_of_known_strength_is_measured() -> None:
     head = ball(0.2)
     image = head + 0.15 * np.roll(head, SHAPE[1] // 2, axis=1)
-    assert ghost_to_signal(image, head, axis=1) == pytest.approx(0.15, abs=0.02)
-    assert ghost_to_signal(1.0 * head, head, axis=1) == 0
+    assert ghost_to_signal(image, head, 1, signal=1.0) == pytest.approx(0.15, abs=0.02)
+    assert ghost_to_signal(1.0 * head, head, 1, signal=1.0) == 0
     values = image_quality(noisy(image, 0.01))
     assert values["ghosting"] == pytest.approx(0.15, abs=0.03)
     assert "ghosting" in quality_flags(SHAPE, values, QualityLimits(), t1_weighted=True)

@@ -28,7 +28,7 @@ class IngestConfig:
     """Series that one task reads into one Parquet file."""
     bytes_per_shard: int = 256 * 2**20
     """Bytes of source files after which a shard is full, whatever the number of series."""
-    files_per_probe: int = 512
+    files_per_probe: int = 128
     """Headers that one task reads."""
     cpus_per_task: float = 1.0
     """Logical CPUs that Ray reserves for one task."""

@@ -13,18 +13,21 @@ from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
-import torch
 from scipy.fft import dctn
-from scipy.ndimage import binary_dilation, binary_fill_holes, binary_opening
+from scipy.ndimage import binary_dilation, binary_opening, generate_binary_structure, label
 from skimage.filters import threshold_triangle
+from skimage.transform import resize_local_mean
 
-from omnimri.models.geometry import resize, to_canonical
+from omnimri.models.geometry import to_canonical
 from omnimri.platform.data.schema import QUALITY_MEASURES
 
 _DIETRICH = 1 / np.sqrt(2 / (4 - np.pi))
 """Noise of a magnitude image in air is Rayleigh distributed (Dietrich et al., JMRI 2007)."""
 _DARK = 0.5
 """Air is darker than this share of the foreground's median."""
+_MOST_SLICES = 16
+"""Slices, evenly spread, on which noise, entropy and ghosts are measured: more change the values little."""
+_IN_PLANE = generate_binary_structure(2, 1)[None]
 _THUMBNAIL, _FREQUENCIES = 16, 7
 _NUM_BITS, _NUM_BANDS = 256, 16
 _BIT_ORDER = np.random.default_rng(0).permutation(_NUM_BITS)
@@ -67,18 +70,20 @@ def image_quality(
         label_names: What its values mean.
     """
     values: dict[str, float | None] = dict.fromkeys(QUALITY_MEASURES)
-    if np.ptp(image) == 0:
-        return values
-    head = _foreground(image)
-    air = ~binary_dilation(head, iterations=2)
-    values["efc"] = entropy_focus(image)
-    signal = float(np.median(image[head])) if head.any() else 0.0
-    if noise := _noise_in_air(image, air, signal):
-        values["snr"] = float(_DIETRICH * signal / noise)
-        values["fber"] = float(np.median(image[head] ** 2) / np.median(image[air] ** 2))
-        values["ghosting"] = max(ghost_to_signal(image, head, axis) for axis in (1, 2))
     if label_map is not None and label_names is not None:
         values["cjv"] = _joint_variation(image, label_map, label_names)
+    some = image[np.linspace(0, len(image) - 1, min(len(image), _MOST_SLICES)).round().astype(int)]
+    if np.ptp(some) == 0:
+        return values
+    head = _foreground(some)
+    air = ~binary_dilation(head, _IN_PLANE, iterations=2)
+    values["efc"] = entropy_focus(some)
+    signal = float(np.median(some[head])) if head.any() else 0.0
+    if found := _air_and_noise(some[air], signal):
+        level, noise = found
+        values["snr"] = float(_DIETRICH * signal / noise)
+        values["fber"] = (signal / level) ** 2
+        values["ghosting"] = max(ghost_to_signal(some, head, axis, signal) for axis in (1, 2))
     return values
 
 
@@ -103,28 +108,40 @@ def entropy_focus(image: np.ndarray) -> float:
     return float(entropy / largest)
 
 
-def ghost_to_signal(image: np.ndarray, head: np.ndarray, axis: int) -> float:
-    """Ghost-to-signal ratio (Giannelli et al., JMRI 2010): what lies half a field of view away, less the background."""
+def ghost_to_signal(image: np.ndarray, head: np.ndarray, axis: int, signal: float) -> float:
+    """Ghost-to-signal ratio (Giannelli et al., JMRI 2010): what lies half a field of view away, less the background.
+
+    Args:
+        image: Magnitudes `(Z, Y, X)`.
+        head: True in the foreground.
+        axis: Phase encoding.
+        signal: Median of the foreground.
+    """
     ghost = np.roll(head, head.shape[axis] // 2, axis=axis) & ~head
     rest = ~ghost & ~head
     if not ghost.any() or not rest.any():
         return 0.0
-    return float((image[ghost].mean() - image[rest].mean()) / np.median(image[head]))
+    return float((image[ghost].mean() - image[rest].mean()) / signal)
 
 
 def _foreground(image: np.ndarray) -> np.ndarray:
     """Above the foot of the histogram's largest peak, which is air in most volumes; without specks and holes."""
-    above = image > threshold_triangle(image)
-    return np.stack([binary_fill_holes(binary_opening(section)) for section in above])
+    opened = binary_opening(image > threshold_triangle(image), _IN_PLANE)
+    return np.stack([~_open_to_the_border(~section) for section in opened])
 
 
-def _noise_in_air(image: np.ndarray, air: np.ndarray, signal: float) -> float | None:
-    """Standard deviation in air; None where it was masked, or where what is outside the foreground is no air."""
-    outside = image[air]
-    if outside.size < 2 or np.median(outside) > _DARK * signal:
+def _open_to_the_border(section: np.ndarray) -> np.ndarray:
+    """What of a binary slice is connected with its edge; many times as fast as `binary_fill_holes`."""
+    parts, _ = label(np.pad(section, 1, constant_values=True))
+    return parts[1:-1, 1:-1] == parts[0, 0]
+
+
+def _air_and_noise(outside: np.ndarray, signal: float) -> tuple[float, float] | None:
+    """Median and standard deviation in air; None where it was masked, or what is outside the foreground is no air."""
+    if outside.size < 2:
         return None
-    noise = float(outside.std())
-    return noise if noise > 1e-6 * signal and np.median(outside) > 0 else None
+    level, noise = float(np.median(outside)), float(outside.std())
+    return (level, noise) if 0 < level <= _DARK * signal and noise > 1e-6 * signal else None
 
 
 def _joint_variation(image: np.ndarray, label_map: np.ndarray, label_names: Mapping[int, str]) -> float | None:
@@ -147,10 +164,8 @@ def fingerprint(image: np.ndarray, affine: np.ndarray) -> str:
         affine: `(4, 4)`, `(x, y, z, 1)` index to RAS mm.
     """
     canonical = to_canonical(image, affine).array
-    thumbnail = resize(
-        torch.tensor(np.ascontiguousarray(canonical), dtype=torch.float32)[None, None], (_THUMBNAIL,) * 3
-    )
-    spectrum = dctn(thumbnail[0, 0].numpy(), norm="ortho")[:_FREQUENCIES, :_FREQUENCIES, :_FREQUENCIES].ravel()
+    thumbnail = resize_local_mean(canonical, (_THUMBNAIL,) * 3)
+    spectrum = dctn(thumbnail, norm="ortho")[:_FREQUENCIES, :_FREQUENCIES, :_FREQUENCIES].ravel()
     chosen = spectrum[1 : _NUM_BITS + 1][_BIT_ORDER]  # the first is the mean
     return np.packbits(chosen > np.median(chosen)).tobytes().hex()
 

@@ -13,9 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
-from omnimri.models.physics import compress_coils
 from omnimri.models.scan import Scan
 from omnimri.platform.data.deid import scrub, whitelisted
 from omnimri.platform.data.formats.facts import Facts
@@ -27,7 +25,7 @@ from omnimri.platform.data.intake.config import IngestConfig
 from omnimri.platform.data.intake.quality import QualityLimits, fingerprint, image_quality, quality_flags
 from omnimri.platform.data.schema import SCHEMA, SCHEMA_VERSION, pack_array
 
-INTAKE_VERSION = "intake-2"
+INTAKE_VERSION = "intake-3"
 """Raised when the same file would give other voxels, geometry, labels or facts."""
 
 _PSEUDONYMS = ("row_id", "patient_id", "study_id", "series_id")
@@ -82,21 +80,13 @@ def write_shard(planned: list[PlannedItem], path: Path, config: IngestConfig) ->
         write_statistics=_STATISTICS,
     ) as writer:
         for plan in planned:
-            records, errors = read_item(plan.item, config.limits)
+            records, errors = _volumes(plan, config)
             rejects += errors
             for record in records:
-                if np.ptp(record.scan.image) == 0:
-                    rejects.append(
-                        ReadError(record.source, "A blank volume: every voxel has one value.", "Leave it out.")
-                    )
-                    continue
-                if record.scan.kspace is not None and config.max_coils is not None:
-                    kspace = compress_coils(torch.from_numpy(record.scan.kspace), config.max_coils).numpy()
-                    record = replace(record, scan=replace(record.scan, kspace=kspace))
-                row, errors = make_row(record, plan, config.limits, config.quality)
-                rejects += errors
-                writer.write_table(pa.Table.from_pylist([row], schema=SCHEMA), row_group_size=1)
-                rows.append(manifest_entry(row, record, path.name, len(rows)))
+                row = make_row(record, plan, config.limits, config.quality)
+                rejects += row.misfits
+                writer.write_table(pa.Table.from_pylist([row.values], schema=SCHEMA), row_group_size=1)
+                rows.append(_manifest_entry(row, record, path.name, len(rows)))
     if rows:
         partial.replace(path)
     else:
@@ -104,10 +94,45 @@ def write_shard(planned: list[PlannedItem], path: Path, config: IngestConfig) ->
     return ShardReport(rows=rows, rejects=[error.as_row() for error in rejects])
 
 
-def make_row(
-    record: SeriesRecord, plan: PlannedItem, limits: ReadLimits, quality: QualityLimits
-) -> tuple[dict[str, Any], list[ReadError]]:
-    """The row of one volume, and what of its annotation did not fit."""
+def _volumes(plan: PlannedItem, config: IngestConfig) -> tuple[list[SeriesRecord], list[ReadError]]:
+    """Volumes of an item as they are to be kept, and what was refused."""
+    records, errors = read_item(plan.item, config.limits)
+    kept = []
+    for record in records:
+        if np.ptp(record.scan.image) == 0:
+            errors.append(ReadError(record.source, "A blank volume: every voxel has one value.", "Leave it out."))
+            continue
+        if record.scan.kspace is not None and config.max_coils is not None:
+            record = replace(record, scan=_with_fewer_coils(record.scan, config.max_coils))
+        kept.append(record)
+    return kept, errors
+
+
+def _with_fewer_coils(scan: Scan, num_coils: int) -> Scan:
+    # Torch takes a second to import, and most ingests do without it.
+    import torch
+
+    from omnimri.models.physics import compress_coils
+
+    return replace(scan, kspace=compress_coils(torch.from_numpy(scan.kspace), num_coils).numpy())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One volume as the shard holds it."""
+
+    values: dict[str, Any]
+    """By column of `SCHEMA`."""
+    digest: str
+    """SHA-256 of what the row says: every column but pseudonyms, split, and what is computed from the others."""
+    voxels: str
+    """SHA-256 of voxels and geometry: equal for two copies of one volume, whatever their headers say."""
+    misfits: list[ReadError]
+    """What of its annotation did not fit."""
+
+
+def make_row(record: SeriesRecord, plan: PlannedItem, limits: ReadLimits, quality: QualityLimits) -> Row:
+    """The row of one volume."""
     scan = record.scan
     annotation = (plan.annotation or Annotation()).of_volume(record.volume)
     label_map, label_names, boxes, errors = _fitted(annotation, record, plan.item, limits)
@@ -143,7 +168,11 @@ def make_row(
         "fingerprint": fingerprint(scan.image, scan.affine),
         "preprocessing_version": INTAKE_VERSION,
     }
-    return {"row_id": row_digest(row)[:16], **row}, errors
+    arrays = {name: _array_digest(row[name]) for name in _ARRAYS}
+    said = {name: row[name] for name in SCHEMA.names if name not in (*_PSEUDONYMS, "split", *_DERIVED, *_ARRAYS)}
+    digest = _digest_of(arrays, said)
+    voxels = _digest_of(arrays["image"], arrays["kspace"], row["affine"])
+    return Row(values={"row_id": digest[:16], **row}, digest=digest, voxels=voxels, misfits=errors)
 
 
 def face_flags(scan: Scan, facts: Facts, measured: Mapping[str, float | None], plan: PlannedItem) -> list[str]:
@@ -180,53 +209,38 @@ def _json(value: dict[str, Any] | None) -> str | None:
     return None if value is None else json.dumps(value, ensure_ascii=False, sort_keys=True)
 
 
-def row_digest(row: dict[str, Any]) -> str:
-    """SHA-256 of what a row says: every column but pseudonyms, split, and what is computed from the others."""
-    digest = hashlib.sha256()
-    for name in SCHEMA.names:
-        if name in (*_PSEUDONYMS, "split", *_DERIVED):
-            continue
-        value = row[name]
-        if name in _ARRAYS and value is not None:
-            _update_array(digest, name, value)
-        else:
-            digest.update(f"{name}={json.dumps(value, sort_keys=True)}\n".encode())
-    return digest.hexdigest()
+def _digest_of(*values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def voxel_digest(row: dict[str, Any]) -> str:
-    """SHA-256 of voxels and geometry alone: equal for two copies of one volume, whatever their headers say."""
-    digest = hashlib.sha256(json.dumps(row["affine"]).encode())
-    for name in ("image", "kspace"):
-        if row[name] is not None:
-            _update_array(digest, name, row[name])
-    return digest.hexdigest()
-
-
-def _update_array(digest: Any, name: str, packed: dict[str, Any]) -> None:
-    digest.update(f"{name}={packed['dtype']}{packed['shape']}\n".encode())
+def _array_digest(packed: dict[str, Any] | None) -> str | None:
+    if packed is None:
+        return None
+    digest = hashlib.sha256(f"{packed['dtype']}{packed['shape']}\n".encode())
     digest.update(packed["data"])
+    return digest.hexdigest()
 
 
-def manifest_entry(row: dict[str, Any], record: SeriesRecord, file: str, row_group: int) -> dict[str, Any]:
+def _manifest_entry(row: Row, record: SeriesRecord, file: str, row_group: int) -> dict[str, Any]:
     """What the manifest says of a row; `source`, `voxels` and `fingerprint` serve the driver and are not kept."""
+    values = row.values
     copied = (
         "row_id", "dataset", "licence", "simulated", "split", "patient_id", "study_id", "series_id", "source_format",
         "shape", "spacing_mm", "contrast", "quantitative", "contrast_agent", "acquisition_type", "plane", "body_part",
         "vendor", "field_strength_t", "sex", "age_years", "flags", "fingerprint",
     )  # fmt: skip
     return {
-        **{name: row[name] for name in copied},
+        **{name: values[name] for name in copied},
         "file": file,
         "row_group": row_group,
-        "digest": row_digest(row),
-        "has_kspace": row["kspace"] is not None,
-        "fully_sampled": row["kspace"] is not None and row["mask"] is None,
-        "has_labels": row["label_map"] is not None,
-        "has_boxes": row["boxes"] is not None,
-        "has_classes": row["classes"] is not None,
-        "has_report": row["report"] is not None,
-        "has_description": row["description"] is not None,
+        "digest": row.digest,
+        "has_kspace": values["kspace"] is not None,
+        "fully_sampled": values["kspace"] is not None and values["mask"] is None,
+        "has_labels": values["label_map"] is not None,
+        "has_boxes": values["boxes"] is not None,
+        "has_classes": values["classes"] is not None,
+        "has_report": values["report"] is not None,
+        "has_description": values["description"] is not None,
         "source": record.source,
-        "voxels": voxel_digest(row),
+        "voxels": row.voxels,
     }
