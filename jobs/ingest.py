@@ -13,7 +13,8 @@ as fastMRI, CC-359, SKM-TEA and CMRxRecon store it; several may be given and the
 
 and appears only when it is complete. DIR.rejects.jsonl beside it names the rejected files, the reason and what to do.
 The same command again goes on where it was interrupted, or returns at once; for a DIR that holds something else give
---overwrite.
+--overwrite, or --append to add to it: what the corpus has already is not read again, its rows stay as they are, and a
+patient who is in it keeps the split.
 
 Patients, studies and series get keyed pseudonyms. The key is taken from OMNIMRI_DEID_KEY, else from the file DIR.key,
 which is made on first use (mode 0600): keep it apart from the data. Patients are split into train, val and test; the
@@ -57,6 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--licence", metavar="L", help="licence of the data set")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the split (default: 0)")
     parser.add_argument("--overwrite", action="store_true", help="replace the corpus in DIR")
+    parser.add_argument("--append", action="store_true", help="add to the corpus in DIR, or make it")
     parser.add_argument(
         "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE",
         help="any field of IngestConfig, for example split_fractions=0.8,0.1,0.1",
@@ -66,7 +68,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    config = IngestConfig(dataset=args.dataset, licence=args.licence, seed=args.seed, overwrite=args.overwrite)
+    config = IngestConfig(
+        dataset=args.dataset, licence=args.licence, seed=args.seed, overwrite=args.overwrite, append=args.append
+    )
     config = apply_overrides(config, args.overrides)
     with ensure_ray():
         summary = ingest(args.sources, args.out, config)

@@ -115,7 +115,7 @@ def _by_own_functions(files: Path, out: Path) -> int:
 def _planned(item: WorkItem) -> PlannedItem:
     return PlannedItem(
         item=item, dataset="benchmark", licence=None, simulated=False, split="train",
-        patient_id="p", study_id="s", series_id="e",
+        patient_id="p", study_id="s", series_id="e", person_id="o", item_id="i",
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import hmac
 import os
 import re
 import secrets
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,12 @@ def pseudonym(key: bytes, *parts: str) -> str:
 
 
 def assign_splits(
-    patients: Iterable[tuple[str, str]], fractions: tuple[float, float, float], *, seed: int, by: str
+    patients: Iterable[tuple[str, str]],
+    fractions: tuple[float, float, float],
+    *,
+    seed: int,
+    by: str,
+    counts: Mapping[str, Counter[str]] | None = None,
 ) -> dict[tuple[str, str], str]:
     """Put every patient of every data set in one split.
 
@@ -75,6 +81,7 @@ def assign_splits(
         by: `rank` cuts the patients of a data set, ordered by hash, at exactly these shares (at least one patient in
             every split that has a share, from three patients on). `hash` decides each patient on its own, so that
             a data set may grow and no patient changes sides, at the price of shares that hold only on average.
+        counts: Other patients of a data set that have a split already; `rank` brings the sum nearest to the shares.
     """
     draws: dict[str, dict[str, float]] = {}
     for dataset, patient in patients:
@@ -85,7 +92,12 @@ def assign_splits(
             chosen = {patient: _split_at(value, fractions) for patient, value in of_patient.items()}
         else:
             ordered = sorted(of_patient, key=lambda patient: (of_patient[patient], patient))
-            chosen = dict(zip(ordered, _ranked_splits(len(ordered), fractions), strict=True))
+            there = (counts or {}).get(dataset, Counter())
+            wanted = Counter(_ranked_splits(len(ordered) + there.total(), fractions))
+            wanted.subtract(there)
+            # Where one split holds too many already, the others want more than there are: train goes short first.
+            open_places = [split for split in SPLITS for _ in range(wanted[split])][-len(ordered) :]
+            chosen = dict(zip(ordered, open_places, strict=True))
         splits.update({(dataset, patient): split for patient, split in chosen.items()})
     return splits
 

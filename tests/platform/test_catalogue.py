@@ -61,7 +61,7 @@ def read_as(root: Path, entry: DatasetEntry) -> tuple[list[dict[str, Any]], list
             patients.add(item.patient)
             plan = PlannedItem(
                 item=item, dataset=entry.name, licence=entry.stated_licence, simulated=False, split="train",
-                patient_id="p", study_id="s", series_id="r", annotation=annotation,
+                patient_id="p", study_id="s", series_id="r", person_id="o", item_id="i", annotation=annotation,
             )  # fmt: skip
             for record in records:
                 row = make_row(record, plan, LIMITS, QualityLimits())

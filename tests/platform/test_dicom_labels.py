@@ -301,7 +301,7 @@ def _shard(folder: Path) -> tuple[dict, list[dict[str, str]], bytes]:
     planned = [
         PlannedItem(
             item=item, dataset="set", licence=None, simulated=False, split="train", patient_id="p", study_id="s",
-            series_id="s", annotation=sidecars.find(item.names),
+            series_id="s", person_id="o", item_id="i", annotation=sidecars.find(item.names),
         )
         for item in items
     ]  # fmt: skip

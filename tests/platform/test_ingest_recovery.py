@@ -100,9 +100,9 @@ def test_two_ingests_of_the_same_files_do_not_meet(
     taken = []
     original = open_draft
 
-    def remember(out: Path, request: str):
+    def remember(out: Path, request: str, **options: int):
         taken.append(request)
-        return original(out, request)
+        return original(out, request, **options)
 
     monkeypatch.setattr("omnimri.platform.data.intake.ingest.open_draft", remember)
     source = next(files.glob("sub-00*"))

@@ -42,7 +42,7 @@ def _planned(folder: Path, name: str, kind: str, split: str) -> PlannedItem:
     item = WorkItem(kind=kind, container=str(folder), names=(name,), source=name, num_bytes=0)
     return PlannedItem(
         item=item, dataset="set", licence=None, simulated=False, split=split,
-        patient_id="p", study_id="s", series_id=name,
+        patient_id="p", study_id="s", series_id=name, person_id="o", item_id=name,
         annotation=Annotation(classes=[]),
     )  # fmt: skip
 

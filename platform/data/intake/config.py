@@ -36,6 +36,8 @@ class IngestConfig:
     """Of zstd. Noise does not compress: level 1 is as small as 9 within a few percent."""
     overwrite: bool = False
     """Replace a corpus that is in the way."""
+    append: bool = False
+    """Add to a corpus that is there: its rows stay, and its patients keep their splits."""
     limits: ReadLimits = field(default_factory=ReadLimits)
     max_coils: int | None = None
     """Compress k-space of more coils to so many virtual ones; None keeps the coils as they are."""
@@ -47,5 +49,7 @@ class IngestConfig:
             raise ValueError(f"split_fractions must be three shares that add up to 1, found {self.split_fractions}.")
         if min(self.items_per_shard, self.bytes_per_shard, self.files_per_probe) < 1:
             raise ValueError("items_per_shard, bytes_per_shard and files_per_probe must be 1 or more.")
+        if self.overwrite and self.append:
+            raise ValueError("overwrite replaces a corpus and append adds to it: set one of them.")
         if self.max_coils is not None and self.max_coils < 1:
             raise ValueError(f"max_coils must be 1 or more, or none, found {self.max_coils}.")

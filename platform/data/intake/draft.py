@@ -22,10 +22,12 @@ class Draft:
     """Finished shards, each with a report of what it holds; a shard without a report is written again."""
 
     folder: Path
+    first_shard: int = 0
+    """Number of the first shard; those before it are another's."""
 
     def shard(self, number: int) -> Path:
         """Where a shard belongs."""
-        return self.folder / SHARDS_FOLDER / f"shard-{number:05d}.parquet"
+        return self.folder / SHARDS_FOLDER / f"shard-{self.first_shard + number:05d}.parquet"
 
     def report(self, shard: Path) -> ShardReport | None:
         """What a finished shard holds; None for one that is not finished."""
@@ -51,12 +53,13 @@ class Draft:
 
 
 @contextlib.contextmanager
-def open_draft(out: Path, request: str) -> Iterator[Draft]:
+def open_draft(out: Path, request: str, *, first_shard: int = 0) -> Iterator[Draft]:
     """The draft of a corpus, new or as an interrupted ingest left it. Drafts of other requests are removed.
 
     Args:
         out: Where the corpus will stand; the draft lies beside it.
         request: What was asked for; another request is another draft.
+        first_shard: Number of its first shard.
 
     Raises:
         ValueError: If another process works on it.
@@ -71,7 +74,7 @@ def open_draft(out: Path, request: str) -> Iterator[Draft]:
     with (folder / _LOCK_NAME).open("w") as lock:
         if not _locked(lock.fileno()):
             raise ValueError(f"{out}: another ingest of the same files is at work in {folder}. Wait for its end.")
-        yield Draft(folder)
+        yield Draft(folder, first_shard)
 
 
 def _remove_abandoned(folder: Path) -> None:

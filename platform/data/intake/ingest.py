@@ -27,6 +27,7 @@ from omnimri.platform.data.formats.records import ReadError
 from omnimri.platform.data.formats.sources import Archive, Source, open_sources
 from omnimri.platform.data.intake.config import IngestConfig
 from omnimri.platform.data.intake.draft import Draft, open_draft
+from omnimri.platform.data.intake.former import FormerCorpus, key_check, open_former
 from omnimri.platform.data.intake.plan import catalogued_roots, make_plan
 from omnimri.platform.data.intake.quality import near_copies
 from omnimri.platform.data.intake.report import write_report
@@ -40,7 +41,6 @@ logger = logging.getLogger(__name__)
 
 REJECTS_NAME = "rejects.jsonl"
 SUMMARY_NAME = "summary.json"
-_DRIVER_ONLY = ("source", "voxels", "fingerprint")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,34 +86,42 @@ def ingest(sources: Sequence[Path], out: Path, config: IngestConfig) -> IngestSu
     opened, errors = open_sources(sources, config.limits)
     layouts = Layouts(opened, catalogued_roots(opened, config), config.limits)
     request = _fingerprint(opened, config, layouts)
-    if (done := _existing(out, request, config.overwrite)) is not None:
+    if (done := _existing(out, request, config)) is not None:
         return done
     key = deid.load_key(out.with_name(f"{out.name}.key"))
-    planned, plan_errors = make_plan(opened, layouts, key, config)
-    with open_draft(out, deid.pseudonym(key, "draft", request)) as draft:
+    ledger_path = out.with_name(f"{out.name}.{REJECTS_NAME}")
+    former = open_former(out, ledger_path, key) if config.append and _is_corpus(out) else FormerCorpus()
+    planned, refused = make_plan(opened, layouts, key, config, former)
+    planned, changed = former.without_known(planned)
+    requests = [*former.requests, request]
+    with open_draft(out, deid.pseudonym(key, "draft", *requests), first_shard=former.num_shards) as draft:
         rows, rejects = _read_and_write(planned, draft, config)
-        rows, duplicates = _without_duplicates(rows)
-        rows, leaks = _without_near_copies(rows, config.quality.max_copy_distance)
-        ledger = [*(error.as_row() for error in [*errors, *plan_errors]), *rejects, *duplicates, *leaks]
-        ledger.sort(key=lambda line: tuple(line.values()))
-        ledger_path = out.with_name(f"{out.name}.{REJECTS_NAME}")
+        rows, duplicates = _without_duplicates([*former.rows, *rows])
+        rows, leaks = _without_near_copies(rows, config.quality.max_copy_distance, len(former.rows))
+        rejects += [*(error.as_row() for error in [*errors, *refused, *changed]), *duplicates, *leaks]
+        ledger = _ledger(former, rejects, rows)
         _write_lines(ledger_path, ledger, mode=0o600)
         if not rows:
             shutil.rmtree(draft.folder)
             raise ValueError(f"No volume could be read: 0 ingested, {len(ledger)} rejected; reasons in {ledger_path}")
-        nameless = [
-            {"source": deid.pseudonym(key, "file", line["source"]), "reason": line["reason"]} for line in ledger
-        ]
-        tables = _write_documents(draft.folder, rows, nameless, request)
+        former.link_shards(draft.folder)
+        tables = _write_documents(draft.folder, rows, ledger, requests, key)
         draft.clear()
         _publish(draft.folder, out)
     return _summary(out, tables, reused=False)
 
 
+def _ledger(former: FormerCorpus, rejects: list[dict[str, str]], rows: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """Lines in a fixed order, each once, without the former lines of what could be read by now."""
+    read = {row.get("source") for row in rows}
+    lines = [*rejects, *(line for line in former.ledger if line["source"] not in read)]
+    return [dict(line) for line in sorted({tuple(line.items()) for line in lines})]
+
+
 def _fingerprint(sources: Sequence[Source], config: IngestConfig, layouts: Layouts) -> str:
     """SHA-256 of what was asked for: files with their sizes and times, and the settings that change the result."""
     settings = dataclasses.asdict(config)
-    del settings["overwrite"]
+    del settings["overwrite"], settings["append"]
     settings["layouts"] = [repr(entry) for entry in layouts.entries]
     digest = hashlib.sha256(json.dumps([SCHEMA_VERSION, INTAKE_VERSION, settings], sort_keys=True).encode())
     for source in sources:
@@ -124,7 +132,11 @@ def _fingerprint(sources: Sequence[Source], config: IngestConfig, layouts: Layou
     return digest.hexdigest()
 
 
-def _existing(out: Path, request: str, overwrite: bool) -> IngestSummary | None:
+def _is_corpus(out: Path) -> bool:
+    return (out / MANIFEST_NAME).is_file()
+
+
+def _existing(out: Path, request: str, config: IngestConfig) -> IngestSummary | None:
     """The finished result of the same request, or None where the way is free.
 
     Raises:
@@ -132,13 +144,18 @@ def _existing(out: Path, request: str, overwrite: bool) -> IngestSummary | None:
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
-    manifest_path = out / MANIFEST_NAME
-    if not manifest_path.is_file():
+    if not _is_corpus(out):
         raise ValueError(f"--out {out} holds files that are no corpus. Name another folder.")
-    if overwrite:
+    if config.overwrite:
         return None
-    if json.loads(manifest_path.read_text(encoding="utf-8")).get("request") != request:
-        raise ValueError(f"--out {out} holds another corpus. Name another folder, or replace it with --overwrite.")
+    requests = json.loads((out / MANIFEST_NAME).read_text(encoding="utf-8")).get("requests", [])
+    if config.append and request not in requests:
+        return None
+    if not config.append and requests != [request]:
+        raise ValueError(
+            f"--out {out} holds another corpus. Name another folder, add to it with --append, or replace it with "
+            "--overwrite."
+        )
     return _summary(out, json.loads((out / SUMMARY_NAME).read_text(encoding="utf-8")), reused=True)
 
 
@@ -204,35 +221,45 @@ def _without_duplicates(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]
             hint = f"Nothing to do: {first[row['voxels']]} is kept."
             rejects.append(ReadError(row["source"], "The same voxels as another volume.", hint).as_row())
             continue
-        first[row["voxels"]] = row["source"]
+        first[row["voxels"]] = _named(row)
         kept.append(row)
     return kept, rejects
 
 
+def _named(row: dict[str, Any]) -> str:
+    """How a hint calls a row: by its file, or by its id where it was there before."""
+    return row.get("source") or f"row {row['row_id']}"
+
+
 def _without_near_copies(
-    rows: list[dict[str, Any]], max_distance: int
+    rows: list[dict[str, Any]], max_distance: int, num_former: int
 ) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
     """Rows without volumes that all but equal one of another patient in another split, which would leak.
 
-    One person under two names, or a copy that was edited. In the same split it is only flagged.
+    One person under two names, or a copy that was edited. In the same split it is only flagged. The first `num_former`
+    rows stay as they are.
     """
     leaks: dict[int, dict[str, str]] = {}
     for first, second in near_copies([row["fingerprint"] for row in rows], max_distance):
         one, other = rows[first], rows[second]
-        if first in leaks or second in leaks or one["patient_id"] == other["patient_id"]:
+        known = second < num_former or first in leaks or second in leaks
+        if known or one["patient_id"] == other["patient_id"]:
             continue
         if one["split"] == other["split"]:
             other["flags"] = [*other["flags"], f"near copy of {one['row_id']}"]
             continue
         reason = "All but the same as a volume of another patient in another split."
-        hint = f"Nothing to do: {one['source']} is kept; with quality.max_copy_distance=0 only equal ones are left out."
+        hint = f"Nothing to do: {_named(one)} is kept; with quality.max_copy_distance=0 only equal ones are left out."
         leaks[second] = ReadError(other["source"], reason, hint).as_row()
     return [row for index, row in enumerate(rows) if index not in leaks], list(leaks.values())
 
 
-def _write_documents(folder: Path, rows: list[dict[str, Any]], ledger: list[dict[str, str]], request: str) -> dict:
-    """Ledger, summary, report and, last, the manifest; returns the summary."""
-    entries = [{k: v for k, v in row.items() if k not in _DRIVER_ONLY} for row in rows]
+def _write_documents(
+    folder: Path, rows: list[dict[str, Any]], ledger: list[dict[str, str]], requests: list[str], key: bytes
+) -> dict[str, Any]:
+    """Ledger without names, summary, report and, last, the manifest; returns the summary."""
+    entries = [{name: value for name, value in row.items() if name != "source"} for row in rows]
+    ledger = [{"source": deid.pseudonym(key, "file", line["source"]), "reason": line["reason"]} for line in ledger]
     digest = content_digest((entry["digest"], entry["split"]) for entry in entries)
     datasets = sorted({entry["dataset"] for entry in entries})
     tables = {"digest": digest, **summarise(entries, ledger)}
@@ -244,7 +271,8 @@ def _write_documents(folder: Path, rows: list[dict[str, Any]], ledger: list[dict
         "intake_version": INTAKE_VERSION,
         "digest": digest,
         "dataset": "+".join(datasets),
-        "request": request,
+        "requests": requests,
+        "key_check": key_check(key),
         "deidentification": deid.METHOD,
         "rows": entries,
     }

@@ -21,6 +21,7 @@ from omnimri.platform.data.formats.records import ReadError, ReadLimits
 from omnimri.platform.data.formats.sources import Archive, Folder, Source
 from omnimri.platform.data.intake.annotations import Annotation, Sidecars, parse_sidecars
 from omnimri.platform.data.intake.config import IngestConfig
+from omnimri.platform.data.intake.former import FormerCorpus
 from omnimri.platform.data.intake.tasks import run_tasks
 from omnimri.platform.data.intake.writer import PlannedItem
 
@@ -30,9 +31,12 @@ UNNAMED_DATASET = "unnamed"
 
 
 def make_plan(
-    sources: Sequence[Source], layouts: Layouts, key: bytes, config: IngestConfig
+    sources: Sequence[Source], layouts: Layouts, key: bytes, config: IngestConfig, former: FormerCorpus
 ) -> tuple[list[PlannedItem], list[ReadError]]:
-    """Probe every file, group series, and decide pseudonyms and splits. Raw identifiers end here."""
+    """Probe every file, group series, and decide pseudonyms and splits. Raw identifiers end here.
+
+    A person of the former corpus keeps the split.
+    """
     probes = _probe_all(sources, config)
     found: list[tuple[WorkItem, Annotation | None, DatasetCard]] = []
     errors: list[ReadError] = []
@@ -52,7 +56,12 @@ def make_plan(
     found.sort(key=lambda entry: (entry[0].source, entry[0].series))
     patients = [(card.name, _patient(item, annotation)) for item, annotation, card in found]
     persons = [(overlap_group(dataset), patient) for dataset, patient in patients]
-    splits = deid.assign_splits(persons, config.split_fractions, seed=config.seed, by=config.split_by)
+    person_ids = {person: deid.pseudonym(key, "person", *person) for person in persons}
+    splits = {person: former.splits[name] for person, name in person_ids.items() if name in former.splits}
+    splits |= deid.assign_splits(
+        [person for person in persons if person not in splits],
+        config.split_fractions, seed=config.seed, by=config.split_by, counts=former.split_counts,
+    )  # fmt: skip
     planned = [
         PlannedItem(
             item=dataclasses.replace(item, patient="", study="", series=""),
@@ -63,6 +72,8 @@ def make_plan(
             patient_id=deid.pseudonym(key, "patient", *patient),
             study_id=deid.pseudonym(key, "study", *patient, item.study),
             series_id=deid.pseudonym(key, "series", *patient, item.kind, item.series),
+            person_id=person_ids[person],
+            item_id=deid.pseudonym(key, "files", str(item.num_bytes), *item.names),
             annotation=annotation and dataclasses.replace(annotation, participant_id=""),
         )
         for (item, annotation, card), patient, person in zip(found, patients, persons, strict=True)

@@ -46,6 +46,10 @@ class PlannedItem:
     patient_id: str
     study_id: str
     series_id: str
+    person_id: str
+    """The same for one person in all data sets that overlap."""
+    item_id: str
+    """Of the files the series is made of."""
     annotation: Annotation | None = None
 
 
@@ -86,7 +90,7 @@ def write_shard(planned: list[PlannedItem], path: Path, config: IngestConfig) ->
                 row = make_row(record, plan, config.limits, config.quality)
                 rejects += row.misfits
                 writer.write_table(pa.Table.from_pylist([row.values], schema=SCHEMA), row_group_size=1)
-                rows.append(_manifest_entry(row, record, path.name, len(rows)))
+                rows.append(_manifest_entry(row, record, plan, path.name, len(rows)))
     if rows:
         partial.replace(path)
     else:
@@ -221,8 +225,8 @@ def _array_digest(packed: dict[str, Any] | None) -> str | None:
     return digest.hexdigest()
 
 
-def _manifest_entry(row: Row, record: SeriesRecord, file: str, row_group: int) -> dict[str, Any]:
-    """What the manifest says of a row; `source`, `voxels` and `fingerprint` serve the driver and are not kept."""
+def _manifest_entry(row: Row, record: SeriesRecord, plan: PlannedItem, file: str, row_group: int) -> dict[str, Any]:
+    """What the manifest says of a row; `source` serves the driver and is not kept."""
     values = row.values
     copied = (
         "row_id", "dataset", "licence", "simulated", "split", "patient_id", "study_id", "series_id", "source_format",
@@ -231,6 +235,8 @@ def _manifest_entry(row: Row, record: SeriesRecord, file: str, row_group: int) -
     )  # fmt: skip
     return {
         **{name: values[name] for name in copied},
+        "person_id": plan.person_id,
+        "item_id": plan.item_id,
         "file": file,
         "row_group": row_group,
         "digest": row.digest,
