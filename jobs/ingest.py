@@ -27,6 +27,8 @@ A public data set is read in its own layout when --dataset names it as `omnimri 
 dataset.json with {"catalogue": NAME} lies in its folder: patients, contrasts, label maps, diagnoses, boxes and reports
 then come from its paths and tables, and files that are not part of the layout are refused.
 
+With --tracking-uri (or MLFLOW_TRACKING_URI) the report, the counts and the digest become an MLflow run.
+
 The exit status is 0 when at least one volume was ingested. The last line says how many were rejected.
 
 Examples:
@@ -39,6 +41,7 @@ Examples:
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from omnimri.jobs.command import job_parser, run_job
@@ -59,6 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the split (default: 0)")
     parser.add_argument("--overwrite", action="store_true", help="replace the corpus in DIR")
     parser.add_argument("--append", action="store_true", help="add to the corpus in DIR, or make it")
+    parser.add_argument("--tracking-uri", metavar="URI", help="MLflow store (default: MLFLOW_TRACKING_URI, or none)")
     parser.add_argument(
         "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE",
         help="any field of IngestConfig, for example split_fractions=0.8,0.1,0.1",
@@ -74,9 +78,20 @@ def _run(args: argparse.Namespace) -> int:
     config = apply_overrides(config, args.overrides)
     with ensure_ray():
         summary = ingest(args.sources, args.out, config)
+    if uri := args.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI"):
+        _log(uri, summary, config)
     print(format_summary(summary.tables))
     print(_last_line(summary))
     return 0
+
+
+def _log(uri: str, summary: IngestSummary, config: IngestConfig) -> None:
+    # MLflow takes seconds to import, and most ingests do without it.
+    from omnimri.platform.data.intake.card import log_corpus
+    from omnimri.platform.tracking import Tracker
+
+    with Tracker.start(uri, "ingest", params=config, tags={"job": "ingest"}) as tracker:
+        log_corpus(tracker, summary.out)
 
 
 def _last_line(summary: IngestSummary) -> str:

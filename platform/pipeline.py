@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from omnimri.platform import registry
+from omnimri.platform.data.intake.card import log_corpus
 from omnimri.platform.data.intake.config import IngestConfig
 from omnimri.platform.data.intake.ingest import IngestSummary, ingest
-from omnimri.platform.data.intake.report import REPORT_NAME
 from omnimri.platform.data.shards import Shards
 from omnimri.platform.evaluation.config import EvaluateConfig
 from omnimri.platform.evaluation.evaluate import evaluate, log_evaluation
@@ -69,7 +69,7 @@ def run_pipeline(
     out = Path(config.run.out)
     logger.info("1/5 ingest: %s", ", ".join(map(str, sources)))
     taken = ingest(sources, out / SHARDS, config.ingest)
-    tracker.log_artifact(taken.out / REPORT_NAME, folder="corpus")
+    log_corpus(tracker, taken.out)
     logger.info("2/5 train: %s", ", ".join(STAGES))
     stages = run_stages(list(STAGES), config.run, parent=tracker)
     logger.info("3/5 sweep: %s", f"{config.sweep.num_trials} trials" if config.sweep else "left out")

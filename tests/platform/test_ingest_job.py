@@ -22,6 +22,7 @@ from omnimri.platform.data.intake.ingest import ingest
 from omnimri.platform.data.intake.report import cross_table
 from omnimri.platform.data.schema import SCHEMA
 from omnimri.platform.data.shards import Shards, load_row, row_to_scan
+from omnimri.platform.tracking import connect, experiment_id
 from tests.platform.intake_fakes import (
     coil_kspace,
     dicom_slices,
@@ -265,6 +266,22 @@ def test_job_prints_a_table_and_says_last_how_many_were_rejected(
     assert lines[1].split() == ["total", "2", "2", "2", "2"]
     assert lines[-1] == f"{tmp_path}/out: 2 volumes ingested; 1 rejected, reasons in {tmp_path}/out.rejects.jsonl"
     assert {row.dataset for row in Shards.open(tmp_path / "out").rows} == {"real"}
+
+
+def test_the_report_becomes_the_card_of_the_data_in_mlflow(tmp_path: Path) -> None:
+    sources = [get_testdata_file(name) for name in ("MR_small.dcm", "examples_overlay.dcm", "CT_small.dcm")]
+    out, uri = tmp_path / "out", f"sqlite:///{tmp_path / 'mlflow.db'}"
+    assert job.main([*sources, "--out", str(out), "--dataset", "real", "--tracking-uri", uri]) == 0
+    client = connect(uri)
+    [run] = client.search_runs([experiment_id(uri)])
+    [entry] = run.inputs.dataset_inputs
+    assert entry.dataset.name == "real"
+    assert Shards.open(out).digest.startswith(entry.dataset.digest)
+    assert (run.data.metrics["volumes"], run.data.metrics["rejected"]) == (2, 1)
+    names = [file.path for file in client.list_artifacts(run.info.run_id, "corpus")]
+    assert names == ["corpus/rejects.jsonl", "corpus/report.html", "corpus/summary.json"]
+    kept = client.download_artifacts(run.info.run_id, "corpus", str(tmp_path))
+    assert not any("CT_small" in path.read_text() for path in Path(kept).iterdir())
 
 
 def test_job_fails_when_nothing_could_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,16 +31,13 @@ from omnimri.platform.data.intake.former import FormerCorpus, key_check, open_fo
 from omnimri.platform.data.intake.plan import catalogued_roots, make_plan
 from omnimri.platform.data.intake.quality import near_copies
 from omnimri.platform.data.intake.report import write_report
-from omnimri.platform.data.intake.summary import summarise
+from omnimri.platform.data.intake.summary import REJECTS_NAME, SUMMARY_NAME, summarise
 from omnimri.platform.data.intake.tasks import run_tasks
 from omnimri.platform.data.intake.writer import INTAKE_VERSION, PlannedItem, ShardReport, write_shard
 from omnimri.platform.data.schema import SCHEMA_VERSION
 from omnimri.platform.data.shards import MANIFEST_NAME, content_digest
 
 logger = logging.getLogger(__name__)
-
-REJECTS_NAME = "rejects.jsonl"
-SUMMARY_NAME = "summary.json"
 
 
 @dataclass(frozen=True, kw_only=True)

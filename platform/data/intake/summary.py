@@ -7,6 +7,9 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+SUMMARY_NAME = "summary.json"
+REJECTS_NAME = "rejects.jsonl"
+
 _BREAKDOWNS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "vendor": lambda row: row["vendor"],
     "field strength": lambda row: None if row["field_strength_t"] is None else f"{row['field_strength_t']:g} T",
