@@ -53,6 +53,8 @@ class Archive:
     """Instance UIDs whose bytes are not DICOM."""
     cut: dict[str, int] = field(default_factory=dict)
     """Series UID to how many answers are cut off in the middle."""
+    unwrapped: set[str] = field(default_factory=set)
+    """Series UIDs whose only instance is sent without a multipart message around it, against the standard."""
     extra_series: list[dict[str, Any]] = field(default_factory=list)
     """Put into every answer to a search for series."""
     gate: threading.Semaphore | None = None
@@ -140,6 +142,9 @@ def _handler(archive: Archive) -> type[BaseHTTPRequestHandler]:
                     return self.answer(status, f"no {series}".encode(), "text/plain")
                 if series not in archive.files:
                     return self.answer(404, f"no {series}".encode(), "text/plain")
+                if series in archive.unwrapped:
+                    [path] = archive.files[series].values()
+                    return self.answer(200, path.read_bytes(), "application/dicom")
                 content_type = f'multipart/related; type="application/dicom"; boundary={_BOUNDARY}'
                 body = b"".join(self.parts(series)) + f"\r\n--{_BOUNDARY}--\r\n".encode()
                 is_cut = archive.cut.get(series, 0) > 0

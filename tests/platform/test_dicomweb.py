@@ -131,6 +131,22 @@ def test_instances_arrive_as_the_archive_holds_them(archive: Archive, spool: Spo
     assert sorted(archive.retrieved) == sorted(archive.files)
 
 
+def test_a_single_instance_may_come_without_a_message_around_it(archive: Archive, spool: Spool) -> None:
+    archive.unwrapped = {min(archive.files)}
+    for path in list(archive.files[min(archive.files)].values())[1:]:
+        path.unlink()
+    archive.load()
+    assert retrieve(archive, spool) == []
+    assert contents(spool.folder) == contents(archive.folder)
+
+
+def test_a_spool_that_cannot_be_written_is_an_error_and_no_series_is_blamed(archive: Archive, spool: Spool) -> None:
+    (spool.folder / ".partial").write_text("a file where a folder must be")
+    with pytest.raises(ValueError, match=r"out\.dicomweb: cannot store what was retrieved \(.*\)") as caught:
+        retrieve(archive, spool)
+    assert not [uid for uid in archive.files if uid in str(caught.value)]
+
+
 @pytest.mark.parametrize("statuses", [[503], [429, 429], [500, 502, 504, 408]])
 def test_a_service_that_is_busy_is_asked_again(archive: Archive, spool: Spool, statuses: list[int]) -> None:
     series = min(archive.files)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import requests
 
@@ -28,6 +29,7 @@ from omnimri.platform.data.shards import Shards
 from tests.conftest import ROOT
 from tests.platform.dicomweb_server import Archive, serve
 from tests.platform.intake_fakes import dicom_slices, oblique_affine, random_image, rescalable, save_dicom
+from tests.platform.label_fakes import PATIENT, save_seg
 from tests.platform.test_ingest_privacy import SECRETS, everything_written, planted_series
 
 NUM_SERIES, NUM_SLICES = 6, 5
@@ -89,6 +91,20 @@ def test_rows_equal_those_of_the_same_files_in_a_folder(archive: Archive, tmp_pa
     assert len(archive.retrieved) == len(rows(out)) == 2
     ingest_dicomweb(archive.url, out, EVERYTHING, config)
     assert sorted(archive.retrieved) == sorted(uid for uid in archive.files if uid in mr_series(archive))
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_segmentations_come_along_when_they_are_asked_for(folder: Path, tmp_path: Path) -> None:
+    shutil.rmtree(folder)
+    image = rescalable(random_image(1, (NUM_SLICES, 16, 12)))
+    slices = dicom_slices(image, oblique_affine(), **PATIENT)
+    save_dicom(slices, folder / "mr")
+    save_seg(folder / "seg.dcm", slices, (image > np.median(image))[..., None].astype(np.uint8), ["liver"])
+    ingest([folder], tmp_path / "from_files", CONFIG)
+    with serve(Archive(folder)) as archive:
+        ingest_dicomweb(archive.url, tmp_path / "out", parse_query(["Modality=MR,SEG"]), CONFIG)
+    assert len(Shards.open(tmp_path / "out").select(has_labels=True)) == 1
+    assert rows(tmp_path / "out") == rows(tmp_path / "from_files")
 
 
 def mr_series(archive: Archive) -> set[str]:
