@@ -29,6 +29,15 @@ then come from its paths and tables, and files that are not part of the layout a
 
 With --tracking-uri (or MLFLOW_TRACKING_URI) the report, the counts and the digest become an MLflow run.
 
+One SRC may be the address of a DICOMweb service, alone; its MR series are found by QIDO-RS, retrieved by WADO-RS to
+DIR.dicomweb, which only the owner can read and which goes when DIR stands, and ingested from there. --query
+ATTRIBUTE=VALUE, once for each, says which: attributes of patient and study (PatientID, StudyDate, ModalitiesInStudy...)
+or of series (SeriesDescription, BodyPartExamined...); `--query Modality=MR,SEG,RTSTRUCT` takes the label objects of the
+series along. An interrupted run retrieves only what it does not have; a series that does not come is a line of the
+ledger. The service is shown the bearer token in OMNIMRI_DICOMWEB_TOKEN, or OMNIMRI_DICOMWEB_USER with
+OMNIMRI_DICOMWEB_PASSWORD; REQUESTS_CA_BUNDLE names the certificate of a private authority. `--set dicomweb.FIELD=VALUE`
+sets timeouts, retries, how many series are retrieved at once, and keep_spool.
+
 The exit status is 0 when at least one volume was ingested. The last line says how many were rejected.
 
 Examples:
@@ -36,6 +45,8 @@ Examples:
   omnimri ingest study.zip brain.nii.gz --out shards --dataset clinic-a --licence "in-house use"
   omnimri ingest corpus/ --out shards --set split_by=hash --set items_per_shard=32
   omnimri ingest BraTS2021/ --dataset brats-2021 --out shards
+  omnimri ingest https://pacs.example/dicom-web --query StudyDate=20240101-20240131 --out january
+  omnimri ingest incoming/ --out shards --append
 """
 
 from __future__ import annotations
@@ -46,8 +57,11 @@ from pathlib import Path
 
 from omnimri.jobs.command import job_parser, run_job
 from omnimri.platform.cluster import ensure_ray
+from omnimri.platform.data.formats.dicomweb import is_service
+from omnimri.platform.data.formats.dicomweb_query import parse_query
 from omnimri.platform.data.intake.config import IngestConfig
 from omnimri.platform.data.intake.ingest import IngestSummary, ingest
+from omnimri.platform.data.intake.mirror import ingest_dicomweb
 from omnimri.platform.data.intake.summary import format_summary
 from omnimri.platform.overrides import apply_overrides
 
@@ -55,8 +69,11 @@ from omnimri.platform.overrides import apply_overrides
 def main(argv: list[str] | None = None) -> int:
     """Run the job; returns the exit status."""
     parser = job_parser("ingest", __doc__)
-    parser.add_argument("sources", nargs="+", type=Path, metavar="SRC", help="folder, zip or file")
+    parser.add_argument("sources", nargs="+", metavar="SRC", help="folder, zip or file, or a DICOMweb service")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="corpus folder to make")
+    parser.add_argument(
+        "--query", action="append", default=[], metavar="ATTRIBUTE=VALUE", help="which series of a DICOMweb service"
+    )
     parser.add_argument("--dataset", metavar="NAME", help="name of the data set, of the catalogue or your own")
     parser.add_argument("--licence", metavar="L", help="licence of the data set")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the split (default: 0)")
@@ -76,8 +93,17 @@ def _run(args: argparse.Namespace) -> int:
         dataset=args.dataset, licence=args.licence, seed=args.seed, overwrite=args.overwrite, append=args.append
     )
     config = apply_overrides(config, args.overrides)
+    services = [source for source in args.sources if is_service(source)]
+    if services and len(args.sources) > 1:
+        raise ValueError("A DICOMweb service is ingested alone. Give the other sources an --out of their own.")
+    if args.query and not services:
+        raise ValueError("--query is for a DICOMweb service. Name one, like https://pacs.example/dicom-web.")
+    query = parse_query(args.query)
     with ensure_ray():
-        summary = ingest(args.sources, args.out, config)
+        if services:
+            summary = ingest_dicomweb(services[0], args.out, query, config)
+        else:
+            summary = ingest([Path(source) for source in args.sources], args.out, config)
     if uri := args.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI"):
         _log(uri, summary, config)
     print(format_summary(summary.tables))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from omnimri.platform.data.formats.dicomweb import DicomwebConfig
 from omnimri.platform.data.formats.records import ReadLimits
 from omnimri.platform.data.intake.quality import QualityLimits
 
@@ -38,6 +39,8 @@ class IngestConfig:
     """Replace a corpus that is in the way."""
     append: bool = False
     """Add to a corpus that is there: its rows stay, and its patients keep their splits."""
+    dicomweb: DicomwebConfig = field(default_factory=DicomwebConfig)
+    """How a DICOMweb service is asked."""
     limits: ReadLimits = field(default_factory=ReadLimits)
     max_coils: int | None = None
     """Compress k-space of more coils to so many virtual ones; None keeps the coils as they are."""

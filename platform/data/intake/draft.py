@@ -72,18 +72,19 @@ def open_draft(out: Path, request: str, *, first_shard: int = 0) -> Iterator[Dra
         (folder / name).mkdir(parents=True, exist_ok=True)
     # The system gives the lock back when the process dies, however it dies.
     with (folder / _LOCK_NAME).open("w") as lock:
-        if not _locked(lock.fileno()):
+        if not try_lock(lock.fileno()):
             raise ValueError(f"{out}: another ingest of the same files is at work in {folder}. Wait for its end.")
         yield Draft(folder, first_shard)
 
 
 def _remove_abandoned(folder: Path) -> None:
     with contextlib.suppress(FileNotFoundError), (folder / _LOCK_NAME).open() as lock:
-        if _locked(lock.fileno()):
+        if try_lock(lock.fileno()):
             shutil.rmtree(folder)
 
 
-def _locked(descriptor: int) -> bool:
+def try_lock(descriptor: int) -> bool:
+    """Take the lock of a file; False where another process has it."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

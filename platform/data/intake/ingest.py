@@ -60,7 +60,14 @@ class IngestSummary:
         return self.out.with_name(f"{self.out.name}.{REJECTS_NAME}")
 
 
-def ingest(sources: Sequence[Path], out: Path, config: IngestConfig) -> IngestSummary:
+def ingest(
+    sources: Sequence[Path],
+    out: Path,
+    config: IngestConfig,
+    *,
+    request: str | None = None,
+    refused: Sequence[ReadError] = (),
+) -> IngestSummary:
     """Read sources into a corpus folder that appears as a whole or not at all.
 
     What an ingest that was killed had finished is kept beside `out`; the same request again goes on from there.
@@ -74,6 +81,8 @@ def ingest(sources: Sequence[Path], out: Path, config: IngestConfig) -> IngestSu
         sources: Folders, zips or files.
         out: Folder to make. The same request again finds its result and returns it.
         config: How.
+        request: Names what was asked for where the files themselves do not, since they are copies that will go.
+        refused: What failed before there were files; joins the ledger.
 
     Raises:
         FileNotFoundError: If a source does not exist.
@@ -82,20 +91,22 @@ def ingest(sources: Sequence[Path], out: Path, config: IngestConfig) -> IngestSu
     out = out.absolute()
     opened, errors = open_sources(sources, config.limits)
     layouts = Layouts(opened, catalogued_roots(opened, config), config.limits)
-    request = _fingerprint(opened, config, layouts)
-    if (done := _existing(out, request, config)) is not None:
+    files = _fingerprint(opened, config, layouts)
+    request = request or files
+    if (done := existing(out, request, config)) is not None:
         return done
     key = deid.load_key(out.with_name(f"{out.name}.key"))
     ledger_path = out.with_name(f"{out.name}.{REJECTS_NAME}")
     former = open_former(out, ledger_path, key) if config.append and _is_corpus(out) else FormerCorpus()
-    planned, refused = make_plan(opened, layouts, key, config, former)
+    planned, unplanned = make_plan(opened, layouts, key, config, former)
     planned, changed = former.without_known(planned)
     requests = [*former.requests, request]
-    with open_draft(out, deid.pseudonym(key, "draft", *requests), first_shard=former.num_shards) as draft:
+    with open_draft(out, deid.pseudonym(key, "draft", *former.requests, files), first_shard=former.num_shards) as draft:
         rows, rejects = _read_and_write(planned, draft, config)
         rows, duplicates = _without_duplicates([*former.rows, *rows])
         rows, leaks = _without_near_copies(rows, config.quality.max_copy_distance, len(former.rows))
-        rejects += [*(error.as_row() for error in [*errors, *refused, *changed]), *duplicates, *leaks]
+        refusals = [*refused, *errors, *unplanned, *changed]
+        rejects += [*(error.as_row() for error in refusals), *duplicates, *leaks]
         ledger = _ledger(former, rejects, rows)
         _write_lines(ledger_path, ledger, mode=0o600)
         if not rows:
@@ -117,8 +128,7 @@ def _ledger(former: FormerCorpus, rejects: list[dict[str, str]], rows: list[dict
 
 def _fingerprint(sources: Sequence[Source], config: IngestConfig, layouts: Layouts) -> str:
     """SHA-256 of what was asked for: files with their sizes and times, and the settings that change the result."""
-    settings = dataclasses.asdict(config)
-    del settings["overwrite"], settings["append"]
+    settings = result_settings(config)
     settings["layouts"] = [repr(entry) for entry in layouts.entries]
     digest = hashlib.sha256(json.dumps([SCHEMA_VERSION, INTAKE_VERSION, settings], sort_keys=True).encode())
     for source in sources:
@@ -129,11 +139,17 @@ def _fingerprint(sources: Sequence[Source], config: IngestConfig, layouts: Layou
     return digest.hexdigest()
 
 
+def result_settings(config: IngestConfig) -> dict[str, Any]:
+    """The settings that change the result."""
+    settings = dataclasses.asdict(config)
+    return {name: value for name, value in settings.items() if name not in ("overwrite", "append", "dicomweb")}
+
+
 def _is_corpus(out: Path) -> bool:
     return (out / MANIFEST_NAME).is_file()
 
 
-def _existing(out: Path, request: str, config: IngestConfig) -> IngestSummary | None:
+def existing(out: Path, request: str, config: IngestConfig) -> IngestSummary | None:
     """The finished result of the same request, or None where the way is free.
 
     Raises:
