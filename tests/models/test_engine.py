@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -202,3 +203,14 @@ def test_reconstruction_without_kspace_says_what_is_needed(engine: Engine, scan:
         engine.reconstruct(Scan(image=scan.image, affine=scan.affine), prompt)
     with pytest.raises(ValueError, match="expected a prompt of that task"):
         engine.segment(scan, {"lesion": prompt})
+
+
+def test_a_reconstruction_keeps_the_units_of_its_kspace(engine: Engine, scan: Scan) -> None:
+    """Every slice is scaled by its own zero-filled maximum before the network and back after it."""
+    prompt = engine.encode(scan, "Reconstruct.", "reconstruct")
+    factor = np.array([1.0, 1e3, 1e-3, 7.0, 1.0, 1e2], np.float32)[:, None, None]
+    louder = replace(scan, kspace=scan.kspace * factor[:, None])
+    image = engine.reconstruct(scan, prompt, num_steps=2).image
+    np.testing.assert_allclose(
+        engine.reconstruct(louder, prompt, num_steps=2).image / factor, image, atol=1e-4 * np.abs(image).max()
+    )

@@ -27,8 +27,14 @@ from omnimri.platform.data.intake.config import IngestConfig
 from omnimri.platform.data.intake.quality import QualityLimits, fingerprint, image_quality, quality_flags
 from omnimri.platform.data.schema import SCHEMA, SCHEMA_VERSION, pack_array
 
-INTAKE_VERSION = "intake-2"
+INTAKE_VERSION = "intake-3"
 """Raised when the same file would give other voxels, geometry, labels or facts."""
+
+
+def preprocessing_version(config: IngestConfig) -> str:
+    """What made the voxels of a row: the intake's version and a digest of the settings that change them."""
+    return f"{INTAKE_VERSION}-{config.voxel_digest}"
+
 
 _PSEUDONYMS = ("row_id", "patient_id", "study_id", "series_id")
 _DERIVED = ("quality", "flags", "fingerprint")
@@ -45,6 +51,8 @@ class PlannedItem:
     licence: str | None
     simulated: bool
     split: str
+    split_origin: str = "drawn"
+    """`drawn`; `official`, as a layout says of the person; `moved` from there, because another holds the person out."""
     patient_id: str
     study_id: str
     series_id: str
@@ -71,6 +79,7 @@ def write_shard(planned: list[PlannedItem], path: Path, config: IngestConfig) ->
     """
     rows: list[dict[str, Any]] = []
     rejects: list[ReadError] = []
+    version = preprocessing_version(config)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with pq.ParquetWriter(
         partial,
@@ -93,7 +102,7 @@ def write_shard(planned: list[PlannedItem], path: Path, config: IngestConfig) ->
                 if record.scan.kspace is not None and config.max_coils is not None:
                     kspace = compress_coils(torch.from_numpy(record.scan.kspace), config.max_coils).numpy()
                     record = replace(record, scan=replace(record.scan, kspace=kspace))
-                row, errors = make_row(record, plan, config.limits, config.quality)
+                row, errors = make_row(record, plan, config.limits, config.quality, version)
                 rejects += errors
                 writer.write_table(pa.Table.from_pylist([row], schema=SCHEMA), row_group_size=1)
                 rows.append(manifest_entry(row, record, path.name, len(rows)))
@@ -105,7 +114,11 @@ def write_shard(planned: list[PlannedItem], path: Path, config: IngestConfig) ->
 
 
 def make_row(
-    record: SeriesRecord, plan: PlannedItem, limits: ReadLimits, quality: QualityLimits
+    record: SeriesRecord,
+    plan: PlannedItem,
+    limits: ReadLimits,
+    quality: QualityLimits,
+    version: str = INTAKE_VERSION,
 ) -> tuple[dict[str, Any], list[ReadError]]:
     """The row of one volume, and what of its annotation did not fit."""
     scan = record.scan
@@ -118,6 +131,7 @@ def make_row(
         "dataset": plan.dataset,
         "licence": plan.licence,
         "split": plan.split,
+        "split_origin": plan.split_origin,
         "patient_id": plan.patient_id,
         "study_id": plan.study_id,
         "series_id": plan.series_id,
@@ -141,7 +155,7 @@ def make_row(
         "flags": quality_flags(scan.image.shape, measured, quality, t1_weighted=facts["contrast"] == "T1w")
         + face_flags(scan, facts, measured, plan),
         "fingerprint": fingerprint(scan.image, scan.affine),
-        "preprocessing_version": INTAKE_VERSION,
+        "preprocessing_version": version,
     }
     return {"row_id": row_digest(row)[:16], **row}, errors
 
@@ -184,7 +198,7 @@ def row_digest(row: dict[str, Any]) -> str:
     """SHA-256 of what a row says: every column but pseudonyms, split, and what is computed from the others."""
     digest = hashlib.sha256()
     for name in SCHEMA.names:
-        if name in (*_PSEUDONYMS, "split", *_DERIVED):
+        if name in (*_PSEUDONYMS, "split", "split_origin", *_DERIVED):
             continue
         value = row[name]
         if name in _ARRAYS and value is not None:
@@ -211,7 +225,8 @@ def _update_array(digest: Any, name: str, packed: dict[str, Any]) -> None:
 def manifest_entry(row: dict[str, Any], record: SeriesRecord, file: str, row_group: int) -> dict[str, Any]:
     """What the manifest says of a row; `source`, `voxels` and `fingerprint` serve the driver and are not kept."""
     copied = (
-        "row_id", "dataset", "licence", "simulated", "split", "patient_id", "study_id", "series_id", "source_format",
+        "row_id", "dataset", "licence", "simulated", "split", "split_origin", "preprocessing_version",
+        "patient_id", "study_id", "series_id", "source_format",
         "shape", "spacing_mm", "contrast", "quantitative", "contrast_agent", "acquisition_type", "plane", "body_part",
         "vendor", "field_strength_t", "sex", "age_years", "flags", "fingerprint",
     )  # fmt: skip
