@@ -12,7 +12,9 @@ import torch
 from omnimri.models.config import preset
 from omnimri.models.physics import SenseOperator, ifft2c, root_sum_of_squares, undersampling_mask
 from omnimri.models.preprocess import Preprocess
+from omnimri.models.quantities import quantity_of
 from omnimri.models.scan import Scan
+from omnimri.platform.data.catalogue.entries import catalogue
 from omnimri.platform.data.intake.config import IngestConfig
 from omnimri.platform.data.intake.ingest import ingest
 from omnimri.platform.data.shards import Shards, load_row
@@ -86,3 +88,12 @@ def test_raw_data_are_scaled_alike_whatever_their_units(rows: list[dict]) -> Non
     operator = SenseOperator(torch.from_numpy(small["sens_maps"]), torch.from_numpy(mask))
     peaks = operator.adjoint(torch.from_numpy(small["kspace"])).abs().amax((1, 2))
     torch.testing.assert_close(peaks, torch.ones(SHAPE[0]))
+
+
+def test_no_raw_data_of_the_catalogue_are_taken_for_a_map() -> None:
+    """Raw data of a mapping protocol give weighted images, in the units of the receiver."""
+    for entry in catalogue().values():
+        if "reconstruction" in entry.tasks:
+            for rule in entry.images:
+                contrasts = [*rule.contrasts.values(), *rule.values.get("contrast", {}).values(), "T2w"]
+                assert not {quantity_of({**entry.facts, **rule.facts, "contrast": c}) for c in contrasts} - {None}
