@@ -89,6 +89,7 @@ def describe(entry: DatasetEntry) -> str:
         "anatomy": ", ".join(entry.anatomy), "tasks": _tasks(entry), "subjects": entry.subjects,
         "reader": f"{entry.family}: {FAMILIES[entry.family].summary}", "layout": entry.layout,
         "volumes": "\n".join(map(_volumes, entry.images)), "labels": _labels(entry), "tables": _tables(entry),
+        "split": _split(entry),
         "left out": "\n".join(f"{ignored.pattern}: {ignored.reason}" for ignored in entry.ignored),
         "licence": entry.licence, "access": entry.access, "citation": entry.citation,
         "overlaps": ", ".join(entry.overlaps), "evidence": evidence, "notes": entry.notes,
@@ -127,6 +128,13 @@ def _labels(entry: DatasetEntry) -> str:
     return "\n".join(dict.fromkeys(lines))
 
 
+def _split(entry: DatasetEntry) -> str:
+    """Where the official split is read from."""
+    folders = [f"{folder} {split}" for folder, split in entry.splits.items()]
+    tables = dict.fromkeys(table.path for table in entry.tables if table.split)
+    return "; ".join(filter(None, (", ".join(folders), *tables)))
+
+
 def _tables(entry: DatasetEntry) -> str:
     """What is read of each table."""
     lines = []
@@ -134,6 +142,7 @@ def _tables(entry: DatasetEntry) -> str:
         what = {
             "classes": table.classes, "boxes": table.boxes, "report": table.report,
             f"facts {', '.join(table.facts)}": table.facts, "labelled frames": table.label_frames,
+            "official split": table.split,
         }  # fmt: skip
         lines.append(f"{table.path}: {'; '.join(name for name, given in what.items() if given)}")
     return "\n".join(lines)

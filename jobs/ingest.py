@@ -18,7 +18,8 @@ patient who is in it keeps the split.
 
 Patients, studies and series get keyed pseudonyms. The key is taken from OMNIMRI_DEID_KEY, else from the file DIR.key,
 which is made on first use (mode 0600): keep it apart from the data. Patients are split into train, val and test; the
-split depends on --seed and not on the key.
+split depends on --seed and not on the key. With --set split_by=official, patients of a catalogued set stand where its
+authors put them.
 
 A file annotations.json beside or above a series adds label maps, boxes, diagnoses and reports
 (omnimri.platform.data.intake.annotations); dataset.json or the dataset_description.json of BIDS adds name and licence.

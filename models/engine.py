@@ -26,7 +26,7 @@ from omnimri.models.image_decoder import Measurement
 from omnimri.models.objectives import slice_pyramid
 from omnimri.models.omnimri import OmniMRI, read_index
 from omnimri.models.physics import SenseOperator, estimate_sens_maps, relative_residual
-from omnimri.models.preprocess import Preprocess
+from omnimri.models.preprocess import Preprocess, read_preprocess, scale_kspace
 from omnimri.models.prompts import SequenceBuilder, untagged
 from omnimri.models.scan import Scan
 from omnimri.models.tokenizer import load_tokenizer
@@ -99,11 +99,13 @@ class Segmentation:
 class Engine:
     """A loaded checkpoint."""
 
-    def __init__(self, model: OmniMRI, tokenizer: PreTrainedTokenizerBase, version: str) -> None:
+    def __init__(
+        self, model: OmniMRI, tokenizer: PreTrainedTokenizerBase, version: str, preprocess: Preprocess
+    ) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.version = version
-        self.preprocess = Preprocess(model.config.inputs)
+        self.preprocess = preprocess
 
     @classmethod
     def load(cls, folder: Path | str, *, parts: Sequence[str] = ("encoder", "text", "image")) -> Engine:
@@ -116,7 +118,8 @@ class Engine:
             raise ValueError(f"Unknown engine parts {sorted(unknown)}; known: {', '.join(PARTS)}.")
         wanted = {name for part in parts for name in PARTS[part]}
         model = OmniMRI.load(folder, parts=wanted)
-        return cls(model, load_tokenizer(Path(folder) / "tokenizer"), read_index(folder)["version"])
+        tokenizer = load_tokenizer(Path(folder) / "tokenizer")
+        return cls(model, tokenizer, read_index(folder)["version"], read_preprocess(folder))
 
     @property
     def sequences(self) -> SequenceBuilder:
@@ -285,14 +288,13 @@ class Engine:
         decoder = self.model.image_decoder
         for chunk in torch.arange(len(kspace)).split(SLICES_PER_PASS):
             local = SenseOperator(operator.sens_maps[chunk], operator.mask)
-            zero_filled = local.adjoint(kspace[chunk])
-            scale = zero_filled.abs().amax(dim=(-2, -1)).clamp_min(1e-12)[:, None, None]
-            measured = Measurement.start(kspace[chunk] / scale[:, None], local, decoder.config)
+            scaled, scale = scale_kspace(kspace[chunk], local)
+            measured = Measurement.start(scaled, local, decoder.config)
             image = decoder.reconstruct(
                 measured, queries.expand(len(chunk), -1, -1), slice_pyramid(self.model, measured.initial.abs()),
                 num_steps=num_steps, noise=decoder.config.recon_noise if noisy else 0.0, generator=generator,
             )  # fmt: skip
-            images.append(image * scale)
+            images.append(image * scale[:, None, None])
         return torch.cat(images)
 
     @torch.inference_mode()

@@ -24,7 +24,7 @@ from omnimri.models.backbone import build_backbone, build_text_encoder
 from omnimri.models.config import OmniMRIConfig
 from omnimri.models.flow_head import FlowHead
 from omnimri.models.image_decoder import ImageDecoder
-from omnimri.models.preprocess import Preprocess
+from omnimri.models.preprocess import CONTRACT_FILE, Preprocess
 from omnimri.models.ssl_heads import SSLHeads
 from omnimri.models.vision import AlignmentLayer, TokenCache, VisionEncoder
 from omnimri.models.vocabulary import CONTRASTS
@@ -158,9 +158,7 @@ class OmniMRI(nn.Module):
         tokenizer.save_pretrained(folder / "tokenizer")
         if hasattr(self, "backbone"):
             tokenizer.save_pretrained(folder / "backbone")
-        preprocess = Preprocess(self.config.inputs)
-        contract = {"version": preprocess.version, "steps": preprocess.steps, "inputs": asdict(self.config.inputs)}
-        _write_json(folder / "preprocessing.json", contract)
+        _write_json(folder / CONTRACT_FILE, Preprocess(self.config.inputs).as_json())
         _write_json(folder / "run.json", dict(run))
         index = {
             "format": FORMAT_VERSION,

@@ -16,7 +16,7 @@ class Scan:
     """
 
     image: np.ndarray
-    """Magnitude, `(Z, Y, X)` float32, arbitrary units unless `quantitative`."""
+    """Magnitude, `(Z, Y, X)` float32, arbitrary units unless it is a map of a quantity (`quantity_of(facts)`)."""
     affine: np.ndarray
     """`(4, 4)` float64, voxel index `(x, y, z, 1)` to RAS mm."""
     kspace: np.ndarray | None = None

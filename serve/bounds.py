@@ -188,10 +188,17 @@ class Bounds:
 
 
 class PlainNames:
-    """File names of our own that keep what readers need: which files share a stem, the BIDS suffix and the ending."""
+    """File names of our own that keep what readers need: which files share a stem, the BIDS suffix and the ending.
+
+    They also keep what says that voxels are values of a quantity, and `sub-` in front, for BIDS prescribes their units.
+    """
 
     _ENDING = re.compile(
-        r"(_(t1w?|t2w?|flair|pdw?|t2star|bold|dwi|dseg|mask|probseg))?(\.(nii|mrd))?(\.[a-z0-9]{1,6})?$", re.IGNORECASE
+        r"(_part-(mag|phase))?"
+        r"(_(t1w?|t2w?|flair|pdw?|t2star|bold|dwi|dseg|mask|probseg|gre|megre|e?adc|ktrans|qsm|pdff|"
+        r"(t1|t2|t2star|t1rho|r1|r2|r2star|pd|b0|b1|fa|md|ff|cbf|cbv|mtt|ttp)[_-]?map))?"
+        r"(\.(nii|mrd))?(\.[a-z0-9]{1,6})?$",
+        re.IGNORECASE,
     )
 
     def __init__(self, prefix: str = "file") -> None:
@@ -212,7 +219,8 @@ class PlainNames:
         return name
 
     def _name(self, stem: str, ending: str) -> str:
-        return f"{self.prefix}{self._stems.setdefault(stem, len(self._stems)):05d}{ending}"
+        bids = "sub-" if PurePosixPath(stem).name.startswith("sub-") else ""
+        return f"{bids}{self.prefix}{self._stems.setdefault(stem, len(self._stems)):05d}{ending}"
 
 
 def _is_content(member: zipfile.ZipInfo) -> bool:

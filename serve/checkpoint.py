@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from omnimri.models.config import InputConfig
-from omnimri.models.preprocess import Preprocess
+from omnimri.models.preprocess import Preprocess, read_preprocess
 from omnimri.serve.schemas import Preprocessing
 
 
@@ -22,14 +20,15 @@ class Contract:
 
 
 def read_contract(model: Path) -> Contract:
-    """Version and preprocessing of a saved model, without its weights."""
+    """Version and preprocessing of a saved model, without its weights.
+
+    Raises:
+        ValueError: If the preprocessing is of a contract that this program cannot keep.
+    """
     version = json.loads((model / "omnimri.json").read_text())["version"]
-    saved = json.loads((model / "preprocessing.json").read_text())
-    inputs: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in saved["inputs"].items()
-    }
+    preprocess = read_preprocess(model)
     return Contract(
         version=version,
-        preprocessing=Preprocessing(version=saved["version"], steps=saved["steps"]),
-        preprocess=Preprocess(InputConfig(**inputs)),
+        preprocessing=Preprocessing(version=preprocess.version, steps=preprocess.steps),
+        preprocess=preprocess,
     )

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 ARRAY = pa.struct([("data", pa.large_binary()), ("shape", pa.list_(pa.int64())), ("dtype", pa.string())])
 
@@ -35,6 +35,7 @@ SCHEMA = pa.schema(
         ("dataset", pa.string()),
         ("licence", pa.string()),
         ("split", pa.string()),  # train | val | test, by patient
+        ("split_origin", pa.string()),  # drawn | official | moved: see IngestConfig.split_by
         ("patient_id", pa.string()),
         ("study_id", pa.string()),
         ("series_id", pa.string()),
@@ -58,6 +59,8 @@ SCHEMA = pa.schema(
         # Acquisition facts; null means unknown.
         ("contrast", pa.string()),
         ("quantitative", pa.bool_()),  # a map of a physical quantity
+        ("quantity", pa.string()),  # which one, and its unit as the file states it: see omnimri.models.quantities
+        ("quantity_unit", pa.string()),
         ("contrast_agent", pa.bool_()),
         ("acquisition_type", pa.string()),  # 2D | 3D
         ("plane", pa.string()),
@@ -75,14 +78,19 @@ SCHEMA = pa.schema(
         ("quality", pa.struct([(name, pa.float64()) for name in QUALITY_MEASURES])),
         ("flags", pa.list_(pa.string())),
         ("fingerprint", pa.string()),
-        ("preprocessing_version", pa.string()),
+        ("preprocessing_version", pa.string()),  # how voxels were made of the file: see writer.preprocessing_version
     ],
     metadata={"omnimri_schema_version": str(SCHEMA_VERSION)},
 )
 
+FLAGS = (
+    "low SNR", "ghosting", "tissues not separable", "small matrix", "near copy", "face may be recognisable",
+)  # fmt: skip
+"""What intake may flag a volume for; `near copy` is followed by the row that it resembles."""
+
 FACTS = (
-    "contrast", "quantitative", "contrast_agent", "acquisition_type", "plane", "body_part", "vendor", "model_name",
-    "field_strength_t", "tr_ms", "te_ms", "ti_ms", "flip_angle_deg", "sex", "age_years",
+    "contrast", "quantitative", "quantity", "quantity_unit", "contrast_agent", "acquisition_type", "plane", "body_part",
+    "vendor", "model_name", "field_strength_t", "tr_ms", "te_ms", "ti_ms", "flip_angle_deg", "sex", "age_years",
 )  # fmt: skip
 """Columns that a reader may fill from a header, and `Scan.facts` carries."""
 

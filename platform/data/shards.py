@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from omnimri.models.scan import Scan
-from omnimri.platform.data.schema import FACTS, SCHEMA, SCHEMA_VERSION
+from omnimri.platform.data.schema import FACTS, FLAGS, SCHEMA, SCHEMA_VERSION
 
 MANIFEST_NAME = "manifest.json"
 SHARDS_FOLDER = "shards"
@@ -37,6 +39,8 @@ class RowRef:
     licence: str | None
     simulated: bool
     split: str
+    preprocessing_version: str
+    """How its voxels were made of the file; see `omnimri.platform.data.intake.writer`."""
     patient_id: str
     study_id: str
     series_id: str
@@ -119,10 +123,49 @@ class Shards:
             raise ValueError(f"hold_out {conditions} names no row.")
         return Shards([row for row in self.rows if row.patient_id not in held_out], self.manifests)
 
+    def without_flags(self, flags: Iterable[str]) -> Shards:
+        """The rows that intake flagged for none of these reasons, of `FLAGS`.
+
+        Raises:
+            ValueError: If a flag is unknown, or no row is left.
+        """
+        unwanted = set(flags)
+        check_flags(unwanted)
+        rows = [row for row in self.rows if not unwanted & set(map(flag_kind, row.flags))]
+        if self.rows and not rows:
+            raise ValueError(
+                f"Without volumes flagged {', '.join(sorted(unwanted))} none is left: {self.count_flags()}."
+            )
+        return Shards(rows, self.manifests)
+
+    def count_flags(self) -> dict[str, int]:
+        """Volumes by what they are flagged for, the commonest first."""
+        kinds = (kind for row in self.rows for kind in set(map(flag_kind, row.flags)))
+        return dict(Counter(kinds).most_common())
+
+    def count_preprocessing(self) -> dict[str, int]:
+        """Volumes by preprocessing version, the commonest first."""
+        return dict(Counter(row.preprocessing_version for row in self.rows).most_common())
+
     @cached_property
     def digest(self) -> str:
         """Version of the data: changes with any row's content, not with the order, the layout or the key."""
         return content_digest((row.digest, row.split) for row in self.rows)
+
+
+def flag_kind(flag: str) -> str:
+    """A flag without the row that it points to: one of `FLAGS`."""
+    return re.sub(r" of [0-9a-f]{16}$", "", flag)
+
+
+def check_flags(flags: Iterable[str]) -> None:
+    """Check that every flag is one that intake may set.
+
+    Raises:
+        ValueError: With the known ones, if it is not.
+    """
+    if unknown := sorted(set(flags) - set(FLAGS)):
+        raise ValueError(f"Unknown flags {', '.join(map(repr, unknown))}; known: {', '.join(FLAGS)}.")
 
 
 def content_digest(rows: Iterable[tuple[str, str]]) -> str:
@@ -198,6 +241,7 @@ def _row_ref(entry: dict[str, Any], shards: Path) -> RowRef:
     values: dict[str, Any] = {name: entry.get(name) for name in RowRef.__dataclass_fields__ if name != "path"}
     values["shape"], values["spacing_mm"] = tuple(entry["shape"]), tuple(entry["spacing_mm"])
     values["flags"] = tuple(entry["flags"])
+    values["preprocessing_version"] = entry.get("preprocessing_version") or "unknown"
     return RowRef(path=str(shards / entry["file"]), **values)
 
 

@@ -25,7 +25,7 @@ from omnimri.models.physics import (
     root_sum_of_squares,
     undersampling_mask,
 )
-from omnimri.models.preprocess import Preprocess
+from omnimri.models.preprocess import Preprocess, scale_kspace
 from omnimri.models.prompts import diagnosis_answer, instruction_for, tagged
 from omnimri.models.resample import pad_or_crop
 from omnimri.models.scan import Scan
@@ -163,9 +163,9 @@ def reconstruction_arrays(scan: Scan, slices: np.ndarray) -> dict[str, np.ndarra
     kspace = torch.from_numpy(scan.kspace[slices])
     mask = torch.from_numpy(scan.mask)
     maps = estimate_sens_maps(kspace, mask)
-    scale = SenseOperator(maps, mask).adjoint(kspace).abs().amax(dim=(-2, -1)).clamp_min(1e-12)
+    scaled, scale = scale_kspace(kspace, SenseOperator(maps, mask))
     return {
-        "kspace": (kspace / scale[:, None, None, None]).numpy(),
+        "kspace": scaled.numpy(),
         "mask": np.repeat(scan.mask[None], len(slices), axis=0),
         "sens_maps": maps.numpy(),
         "scale": scale.numpy(),
@@ -277,7 +277,10 @@ def _any_row(_: RowRef) -> bool:
 
 
 _TASK_LABELS = {"detect": "boxes", "diagnose": "classes", "report": "report"}
-_FACTS = ("image", "affine", "contrast", "plane", "body_part", "field_strength_t", "vendor", "study_id")
+_FACTS = (
+    "image", "affine", "contrast", "quantitative", "quantity", "quantity_unit", "plane", "body_part",
+    "field_strength_t", "vendor", "study_id",
+)  # fmt: skip
 
 SOURCES: dict[str, Source] = {
     "image": Source(kind="image", columns=_FACTS, accepts=_any_row, make=image_sample),

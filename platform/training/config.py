@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from omnimri.models.config import OmniMRIConfig
+from omnimri.platform.data.shards import check_flags
 from omnimri.platform.data.stream import StreamConfig
 from omnimri.platform.training.stages import KINDS, STAGES, Stage, stage_named
 from omnimri.platform.training.zero import ZeroConfig
@@ -23,6 +24,9 @@ DEFAULT_WEIGHTS: Mapping[str, float] = {
     "instruct.segment": 1.0,
     "instruct.text": 1.0,
 }
+
+DEFAULT_EXCLUDED = ("small matrix", "near copy")
+"""Thumbnails, and volumes that another patient of the split has already; noise and ghosts are part of the world."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,10 +166,14 @@ class RunConfig:
     """Which volumes may be used: `any`, `commercial-ok`, or licences by name, separated by commas."""
     hold_out: dict[str, Any] = field(default_factory=dict)
     """Patients who have a volume with these values are left out, for example `{"vendor": "Philips"}`."""
+    exclude_flags: tuple[str, ...] = DEFAULT_EXCLUDED
+    """Volumes that intake flagged so are left out, of `omnimri.platform.data.schema.FLAGS`; what is left out is counted
+    in the log and in the model's card."""
     tracking_uri: str | None = None
     """MLflow's; None keeps a database in the run's folder."""
 
     def __post_init__(self) -> None:
+        check_flags(self.exclude_flags)
         if self.zero.offload == "cpu" and self.zero.stage >= 2:
             accumulating = [name for name in STAGES if self.stage(name).accumulation > 1]
             if accumulating:

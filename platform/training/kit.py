@@ -24,6 +24,12 @@ class Kit(Protocol):
     def licence_counts(self, data: Sequence[str]) -> Mapping[str, int]:
         """Training volumes by licence."""
 
+    def preprocessing(self, data: Sequence[str], config: Any) -> Mapping[str, Any]:
+        """`contract` from volumes to the model's input; `rows`: training volumes by how they were made of files."""
+
+    def excluded_counts(self, data: Sequence[str]) -> Mapping[str, int]:
+        """Volumes left out for their quality, by flag."""
+
     def source_rows(self, source: str, data: Sequence[str], config: Any, split: str) -> SourceRows:
         """The rows of a split (`train` or `val`) that a source may show, and how samples are made of them."""
 

@@ -222,6 +222,8 @@ def finish(bench: Bench, last: Mapping[str, Any]) -> None:
         "data": list(job.run.data),
         "data_digest": job.data_digest,
         "licences": dict(job.kit.licence_counts(job.run.data)),
+        "preprocessing": dict(job.kit.preprocessing(job.run.data, job.run.model)),
+        "excluded": dict(job.kit.excluded_counts(job.run.data)),
         "losses": bench.tenths.summary(),
         "tracking": None if job.tracker is None else {"uri": job.tracker.uri, "run_id": job.tracker.run_id},
     }

@@ -17,7 +17,7 @@ from omnimri.models.collate import collate
 from omnimri.models.config import OmniMRIConfig
 from omnimri.models.objectives import build_objective
 from omnimri.models.omnimri import OmniMRI, read_index
-from omnimri.models.preprocess import Preprocess
+from omnimri.models.preprocess import Preprocess, read_preprocess
 from omnimri.models.prompts import INSTRUCTIONS, SequenceBuilder, diagnosis_choices
 from omnimri.models.tokenizer import load_tokenizer, train_tokenizer
 from omnimri.models.vocabulary import STRUCTURES
@@ -59,6 +59,8 @@ class OmniMRIKit:
     """Policy of `omnimri.platform.data.licences`: which rows may be used."""
     hold_out: Mapping[str, Any] = field(default_factory=dict)
     """Fields of a row with values that no patient in training may have."""
+    exclude_flags: tuple[str, ...] = ()
+    """Volumes that intake flagged so are left out."""
 
     def kinds(self) -> Mapping[str, str]:
         """See `Kit`."""
@@ -71,11 +73,25 @@ class OmniMRIKit:
         if len(kept) < len(shards):
             used, all_ = count_licences(kept), count_licences(shards)
             logger.info("licences %r, hold_out %s: %s of %s", self.licences, dict(self.hold_out), used, all_)
+        if excluded := self.excluded_counts(data):
+            logger.info("exclude_flags: volumes left out by flag: %s", excluded)
+        if len(versions := kept.count_preprocessing()) > 1:
+            logger.warning("The volumes were ingested in different ways (preprocessing version: volumes): %s", versions)
         return kept.digest
 
     def licence_counts(self, data: Sequence[str]) -> Mapping[str, int]:
         """See `Kit`."""
         return count_licences(self._rows(data).select(split="train"))
+
+    def preprocessing(self, data: Sequence[str], config: OmniMRIConfig) -> Mapping[str, Any]:
+        """See `Kit`."""
+        rows = self._rows(data).select(split="train").count_preprocessing()
+        return {"contract": Preprocess(config.inputs).version, "rows": rows}
+
+    def excluded_counts(self, data: Sequence[str]) -> Mapping[str, int]:
+        """See `Kit`."""
+        counts = self._permitted(Shards.open(data)).count_flags()
+        return {flag: count for flag, count in counts.items() if flag in self.exclude_flags}
 
     def source_rows(self, source: str, data: Sequence[str], config: OmniMRIConfig, split: str) -> SourceRows:
         """See `Kit`."""
@@ -87,6 +103,9 @@ class OmniMRIKit:
         return self._admitted(Shards.open(data))
 
     def _admitted(self, shards: Shards) -> Shards:
+        return self._permitted(shards).without_flags(self.exclude_flags)
+
+    def _permitted(self, shards: Shards) -> Shards:
         return licensed(shards, self.licences).without_patients(**self.hold_out)
 
     def build_tokenizer(self, data: Sequence[str], config: OmniMRIConfig, folder: Path) -> None:
@@ -110,6 +129,9 @@ class OmniMRIKit:
     def load(self, folder: Path, config: OmniMRIConfig) -> OmniMRI:
         """See `Kit`."""
         saved = OmniMRIConfig.from_dict(read_index(folder)["config"])
+        before, now = read_preprocess(folder).version, Preprocess(config.inputs).version
+        if before != now:
+            logger.warning("%s was trained under preprocessing contract %s; it goes on under %s.", folder, before, now)
         return OmniMRI.load(folder, config=None if saved == config else config)
 
     def objective(self, name: str, model: nn.Module, options: Mapping[str, Any]) -> nn.Module:

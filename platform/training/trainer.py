@@ -10,7 +10,7 @@ import pickle
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,10 @@ class StageResult:
     data_digest: str
     licences: dict[str, int]
     """Training volumes by licence."""
+    preprocessing: dict[str, Any] = field(default_factory=dict)
+    """`contract` of the model's input, and training `rows` by how their voxels were made of the files."""
+    excluded: dict[str, int] = field(default_factory=dict)
+    """Volumes left out for their quality, by flag."""
 
     def write(self, folder: Path) -> None:
         """Write `result.json` to the folder."""
@@ -116,6 +120,8 @@ def run_stage(
         settings_digest=job.settings_digest,
         data_digest=job.data_digest,
         licences=dict(job.kit.licence_counts(run.data)),
+        preprocessing=dict(job.kit.preprocessing(run.data, run.model)),
+        excluded=dict(job.kit.excluded_counts(run.data)),
     )
     result.write(run.folder(stage))
     return result
@@ -158,6 +164,8 @@ def record_result(tracker: Tracker, run: RunConfig, result: StageResult) -> None
     tracker.set_tags(
         {
             "licences": json.dumps(result.licences),
+            "preprocessing": json.dumps(result.preprocessing),
+            "excluded": json.dumps(result.excluded),
             "settings_digest": result.settings_digest,
             "model_folder": result.model_folder,
         }
@@ -181,7 +189,7 @@ def default_kit(run: RunConfig) -> Kit:
     """The kit of OmniMRI itself."""
     from omnimri.platform.training.omnimri_kit import OmniMRIKit
 
-    return OmniMRIKit(licences=run.licences, hold_out=run.hold_out)
+    return OmniMRIKit(licences=run.licences, hold_out=run.hold_out, exclude_flags=run.exclude_flags)
 
 
 def make_job(

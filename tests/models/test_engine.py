@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from omnimri.models.config import PRESETS, OmniMRIConfig, preset
 from omnimri.models.engine import Engine
 from omnimri.models.omnimri import INDEX_FILE, OmniMRI
+from omnimri.models.preprocess import CONTRACT_FILE, CONTRACT_VERSION, Preprocess
 from omnimri.models.prompts import diagnosis_choices
 from omnimri.models.scan import Scan
 from omnimri.models.tokenizer import train_tokenizer
@@ -202,3 +204,25 @@ def test_reconstruction_without_kspace_says_what_is_needed(engine: Engine, scan:
         engine.reconstruct(Scan(image=scan.image, affine=scan.affine), prompt)
     with pytest.raises(ValueError, match="expected a prompt of that task"):
         engine.segment(scan, {"lesion": prompt})
+
+
+def test_a_reconstruction_keeps_the_units_of_its_kspace(engine: Engine, scan: Scan) -> None:
+    """Every slice is scaled by its own zero-filled maximum before the network and back after it."""
+    prompt = engine.encode(scan, "Reconstruct.", "reconstruct")
+    factor = np.array([1.0, 1e3, 1e-3, 7.0, 1.0, 1e2], np.float32)[:, None, None]
+    louder = replace(scan, kspace=scan.kspace * factor[:, None])
+    image = engine.reconstruct(scan, prompt, num_steps=2).image
+    np.testing.assert_allclose(
+        engine.reconstruct(louder, prompt, num_steps=2).image / factor, image, atol=1e-4 * np.abs(image).max()
+    )
+
+
+def test_an_engine_keeps_the_contract_of_its_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
+    old = shutil.copytree(checkpoint, tmp_path / "old")
+    contract = Preprocess(preset("tiny").inputs, contract=1)
+    (old / CONTRACT_FILE).write_text(json.dumps(contract.as_json()))
+    assert Engine.load(old, parts=("encoder",)).preprocess == contract
+    assert Engine.load(checkpoint, parts=("encoder",)).preprocess.contract == CONTRACT_VERSION
+    (old / CONTRACT_FILE).write_text(json.dumps(contract.as_json() | {"version": "9-00000000"}))
+    with pytest.raises(ValueError, match="contract 9 is unknown"):
+        Engine.load(old, parts=("encoder",))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from omnimri.models.quantities import QUANTITIES
 from omnimri.platform.data.formats.sequences import Header, classify
 
 
@@ -45,6 +46,21 @@ def test_contrast_agent(description: str, stated: str | None, agent: bool | None
 )  # fmt: skip
 def test_quantitative(description: str, quantitative: bool | None) -> None:
     assert classify(Header(texts=(description,))).quantitative is quantitative
+
+
+@pytest.mark.parametrize(
+    ("description", "quantity"),
+    [
+        ("Apparent Diffusion Coefficient (mm2/s) ADC", "ADC"), ("eADC", None), ("T1_MAP", "T1"), ("T2 mapit", "T2"),
+        ("T2star map", "T2*"), ("t2*_map", "T2*"), ("sub-01_R2starmap", "R2*"), ("T1rho map", "T1rho"),
+        ("FA map", "FA"), ("fat fraction map", "PDFF"), ("QSM", "QSM"), ("sub-01_part-phase_GRE", "phase"),
+        ("B0 map", "B0"), ("map of the room", None), ("ktrans", None), ("AX T1", None), ("ax t2 flair fat sat", None),
+    ],
+)  # fmt: skip
+def test_a_map_is_of_the_quantity_that_names_it(description: str, quantity: str | None) -> None:
+    found = classify(Header(texts=(description,)))
+    assert found.quantity == quantity
+    assert quantity is None or (found.quantitative and quantity in QUANTITIES)
 
 
 @pytest.mark.parametrize(

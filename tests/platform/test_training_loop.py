@@ -73,6 +73,7 @@ def test_a_stage_learns_and_leaves_model_result_and_record(tmp_path: Path) -> No
     card = json.loads((tmp_path / "vision" / "model" / "card.json").read_text())
     assert card["settings"]["train"]["lr"] == 3e-2
     assert card["data_digest"] == "fake-memory"
+    assert (card["preprocessing"], card["excluded"]) == ({"contract": "fake", "rows": {"fake": 64}}, {})
 
 
 def test_only_the_parts_of_the_stage_move(tmp_path: Path) -> None:

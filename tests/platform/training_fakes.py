@@ -115,6 +115,12 @@ class FakeKit:
     def licence_counts(self, data: Sequence[str]) -> Mapping[str, int]:
         return {"CC0-1.0": 64}
 
+    def preprocessing(self, data: Sequence[str], config: Any) -> Mapping[str, Any]:
+        return {"contract": "fake", "rows": {"fake": 64}}
+
+    def excluded_counts(self, data: Sequence[str]) -> Mapping[str, int]:
+        return {}
+
     def source_rows(self, source: str, data: Sequence[str], config: Any, split: str) -> SourceRows:
         rows = list(range(self.num_rows if split == "train" else 3))
         return SourceRows(rows=rows, load=_load, make=_Make(config.dim, sorted(self.kinds()).index(source)))

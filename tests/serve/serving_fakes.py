@@ -4,7 +4,6 @@ import io
 import json
 import zipfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import h5py
@@ -87,10 +86,8 @@ def known_answers(parts: tuple[str, ...]) -> KnownAnswers:
 def model_folder(folder: Path) -> Path:
     """What the ingress reads of a checkpoint: the index and the preprocessing contract."""
     folder.mkdir()
-    preprocess = KnownAnswers.preprocess
-    contract = {"version": preprocess.version, "steps": preprocess.steps, "inputs": asdict(preprocess.inputs)}
     (folder / "omnimri.json").write_text(json.dumps({"format": 1, "version": VERSION, "parts": []}))
-    (folder / "preprocessing.json").write_text(json.dumps(contract))
+    (folder / "preprocessing.json").write_text(json.dumps(KnownAnswers.preprocess.as_json()))
     return folder
 
 

@@ -86,6 +86,11 @@ def test_names_on_disk_keep_what_readers_need_and_nothing_else() -> None:
     assert [names.of(original) for original in originals] == [
         "file00000.json", "file00001_T1w.nii.gz", "file00001_T1w.json", "file00002", "file00003.DCM",
     ]  # fmt: skip
+    maps = ("sub-Doe/sub-Doe_T1map.nii.gz", "sub-Doe/sub-Doe_part-phase_GRE.nii.gz", "Doe_adc.nii", "Doe_FA_map.nii")
+    assert [PlainNames().of(original) for original in maps] == [
+        "sub-file00000_T1map.nii.gz", "sub-file00000_part-phase_GRE.nii.gz", "file00000_adc.nii",
+        "file00000_FA_map.nii",
+    ]  # fmt: skip
 
 
 def test_parts_of_one_name_stay_apart() -> None:

@@ -34,6 +34,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from omnimri.platform.data.deid import SPLITS
+
 CATALOGUE_PATH = Path(__file__).with_name("catalogue.toml")
 
 UNKNOWN = "unknown"
@@ -143,6 +145,9 @@ class TableRule:
     """Fact to its column."""
     label_frames: tuple[str, ...] = ()
     """Columns that hold the numbers of the labelled volumes of a 4D file, from zero."""
+    split: Mapping[str, Any] = field(default_factory=dict)
+    """`is`: official split of all volumes in the table. Or `column` and `values`: what its words mean, in the rows
+    where the columns of `where` hold what it says."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +180,9 @@ class DatasetEntry:
     ignored: tuple[Ignored, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
     """Fill what headers leave open."""
+    splits: Mapping[str, str] = field(default_factory=dict)
+    """Official split (train, val or test) by the name of a folder, or of an array of an archive as `file#array`; `*`
+    stands for anything. The folder nearest to the file counts, and a split that a table states wins."""
     overlaps: tuple[str, ...] = ()
     """Names of entries, or free text, with volumes in common: keep them in one split."""
     unread: tuple[str, ...] = ()
@@ -193,8 +201,24 @@ class DatasetEntry:
             raise ValueError(
                 f"{self.name}: unread {', '.join(self.unread)} must be of its tasks, with notes that say why."
             )
+        if unknown := sorted({*self.splits.values(), *self._splits_of_tables} - set(SPLITS)):
+            raise ValueError(f"{self.name}: split {', '.join(unknown)}, expected some of {', '.join(SPLITS)}.")
         if not self.images:
             raise ValueError(f"{self.name}: no [[dataset.images]], so no file would be read.")
+
+    @property
+    def _splits_of_tables(self) -> set[str]:
+        return {
+            name
+            for rule in self.tables
+            if rule.split
+            for name in rule.split.get("values", {"": rule.split.get("is")}).values()
+        }
+
+    @property
+    def states_split(self) -> bool:
+        """Its layout says which volumes are for training and which are held out."""
+        return bool(self.splits or self._splits_of_tables)
 
     @property
     def is_verified(self) -> bool:

@@ -12,6 +12,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import PurePosixPath
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 from omnimri.platform.data.catalogue import tables
 from omnimri.platform.data.catalogue.entries import FAMILIES, DatasetEntry, ImageRule, TableRule
 from omnimri.platform.data.catalogue.patterns import FIELD, Pattern, filled, image_pattern, pattern_of
+from omnimri.platform.data.deid import SPLITS
 from omnimri.platform.data.formats import facts as fact
 from omnimri.platform.data.formats import volumes
 from omnimri.platform.data.formats.facts import Facts
@@ -34,7 +36,8 @@ CARD_KEY = "catalogue"
 _FACTS: dict[str, Callable[[Any], str | float | int | None]] = {
     "sex": fact.sex, "age_years": fact.age_years, "vendor": fact.vendor, "model_name": fact.model_name,
     "field_strength_t": fact.field_strength_t, "tr_ms": fact.number, "te_ms": fact.number, "ti_ms": fact.number,
-    "flip_angle_deg": fact.number, "plane": str, "body_part": str, "contrast": lambda word: word or None,
+    "flip_angle_deg": fact.number, "quantity": str, "quantity_unit": fact.quantity_unit, "plane": str,
+    "body_part": str, "contrast": lambda word: word or None,
 }  # fmt: skip
 """Facts that a layout may state, and who brings them to our words."""
 
@@ -177,6 +180,25 @@ class Layouts:
             volumes={**_channels(placed, card), **self._sample_classes(placed, source, item)},
         )
 
+    def official_split(self, source: Source, item: WorkItem) -> str | None:
+        """The split that the layout states of one series; None where it states none.
+
+        Raises:
+            ReadError: If a table that may state it cannot be read.
+        """
+        placed = self._placed[source.prefix].get(_key(item.names[0], item.member))
+        if placed is None:
+            return None
+        placed = replace(placed, fields={"patient": item.patient, **placed.fields})
+        try:
+            stated = [split for table, rows in self._rows_of(placed) for split in _table_splits(table, rows)]
+        except ValueError as error:
+            reason = f"The official split of {placed.entry.name} cannot be read: {error}"
+            raise ReadError(item.source, reason, "Its patient was split as those without one are.") from error
+        root = source.container.path.name.removesuffix(".zip")
+        path = f"{root}/{source.prefix}{_key(item.names[0], item.member)}"
+        return held_out_first(stated) or folder_split(placed.entry, path)
+
     # ---- Label maps
 
     def _label_map(self, placed: Placed, source: Source, name: str) -> str | None:
@@ -314,6 +336,33 @@ def parse_card(content: bytes) -> Card:
     channels = document.get("channel_names") or document.get("modality") or {}
     ordered = sorted(channels.items(), key=lambda channel: int(channel[0])) if isinstance(channels, dict) else []
     return Card(names, tuple(str(name) for _, name in ordered))
+
+
+def folder_split(entry: DatasetEntry, path: str) -> str | None:
+    """The official split that a folder of a path, or the array `file#array` at its end, names; the nearest counts."""
+    for part in reversed(PurePosixPath(path).parts):
+        for pattern, split in entry.splits.items():
+            if fnmatchcase(part, pattern):
+                return split
+    return None
+
+
+def held_out_first(splits: Iterable[str]) -> str | None:
+    """Of several splits the one that leaks nothing: test before val before train; None of none."""
+    return max(splits, key=SPLITS.index, default=None)
+
+
+def _table_splits(table: TableRule, rows: Sequence[tables.Row]) -> Iterator[str]:
+    """The official splits that the rows of one table state of a volume."""
+    if not table.split:
+        return
+    for row in rows:
+        if "is" in table.split:
+            yield table.split["is"]
+        elif all(tables.column(row, name) == value for name, value in table.split.get("where", {}).items()):
+            word = tables.column(row, table.split["column"]) or ""
+            if (meaning := table.split["values"].get(word.lower())) is not None:
+                yield meaning
 
 
 def _key(name: str, member: str) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from pydicom.dataset import Dataset
 
+from omnimri.models.quantities import UNITS, plain_unit
 from omnimri.platform.data.formats.sequences import Header, classify
 
 Facts = dict[str, str | float | int | None]
@@ -35,6 +36,8 @@ BODY_PARTS = (
 )  # fmt: skip
 """Body part and the pattern that names it; the first match decides."""
 
+_BIDS_UNITS = {"T1map": "s", "T2map": "s", "T2starmap": "s", "R1map": "1/s", "R2map": "1/s", "R2starmap": "1/s"}
+"""Suffix of a BIDS file to the unit that the standard prescribes."""
 _AGE_UNITS = {"Y": 1.0, "M": 1 / 12, "W": 1 / 52.18, "D": 1 / 365.25}
 MAX_AGE_YEARS = 90.0
 """Ages above are reported as this number, as the HIPAA safe harbour asks."""
@@ -105,6 +108,18 @@ def model_name(value: object) -> str | None:
     return text if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9 ._+/-]{0,39}", text) else None
 
 
+def quantity_unit(text: object) -> str | None:
+    """A unit of `omnimri.models.quantities`; `arbitrary` for one that is stated and not known there."""
+    unit = plain_unit(text)
+    return unit if unit is None or unit in UNITS else "arbitrary"
+
+
+def _known_unit(text: object) -> str | None:
+    """A unit of a field that also holds other words (DICOM: `US` is unspecified)."""
+    unit = quantity_unit(text)
+    return None if unit == "arbitrary" else unit
+
+
 def plane(affine: np.ndarray) -> str:
     """Plane of the slices by the RAS axis closest to their normal."""
     normal = np.cross(affine[:3, 0], affine[:3, 1])
@@ -117,6 +132,7 @@ def sequence_facts(header: Header) -> Facts:
     return {
         "contrast": found.contrast,
         "quantitative": found.quantitative,
+        "quantity": found.quantity,
         "contrast_agent": found.contrast_agent,
         "acquisition_type": found.acquisition_type,
     }
@@ -139,6 +155,7 @@ def dicom_facts(dataset: Mapping[str, Any] | Dataset, affine: np.ndarray) -> Fac
     )  # fmt: skip
     return {
         **_common_facts(get, header, affine),
+        "quantity_unit": _known_unit(get("RescaleType")),
         "body_part": body_part(get("BodyPartExamined"), *descriptions, get("StudyDescription")),
         "model_name": model_name(get("ManufacturerModelName")),
     }
@@ -158,8 +175,10 @@ def sidecar_facts(sidecar: Mapping[str, Any], affine: np.ndarray, name: str) -> 
         contrast_agent=get("ContrastBolusIngredient"),
         acquisition_type=get("MRAcquisitionType"),
     )  # fmt: skip
+    bids_unit = _BIDS_UNITS.get(suffix) if name.startswith("sub-") else None
     return {
         **_common_facts(get, header, affine),
+        "quantity_unit": quantity_unit(get("Units")) or bids_unit,
         "body_part": body_part(get("BodyPartExamined"), get("BodyPart"), *texts[1:]),
         "model_name": model_name(get("ManufacturersModelName")),
     }
@@ -194,6 +213,9 @@ def ismrmrd_facts(header: Any, affine: np.ndarray, *, echo: int = 0) -> Facts:
     texts = [getattr(measurement, name, None) for name in ("seriesDescription", "protocolName", "sequenceName")]
     return {
         **sequence_facts(Header(texts=texts, tr_ms=tr, te_ms=te, ti_ms=ti)),
+        # Raw data of a mapping protocol give the weighted images that a map is fitted to, not the map.
+        "quantitative": False,
+        "quantity": None,
         "plane": plane(affine),
         "body_part": body_part(getattr(study, "bodyPartExamined", None), *texts[:2]),
         "vendor": vendor(getattr(system, "systemVendor", None)),

@@ -40,8 +40,16 @@ _SEQUENCE_NAMES = (
 
 _QUANTITATIVE = (
     r"\b(t1|t2|t2star|t2\*|r1|r2|r2star|r2\*|adc|eadc|fa|md|pd|b0|b1|ff|pdff|fat.?fraction|velocity|cbf|cbv|mtt|ttp|"
-    r"ktrans|t1rho|qsm)[ _-]?(map|fit|calc|image)|\b(e?adc|pdff|ktrans|qsm|ser)\b|mapit|\bmaps?\b|parametric|: ?pe\d"
+    r"ktrans|t1rho|qsm)[ _-]?(map|fit|calc|image)|\b(e?adc|pdff|ktrans|qsm|ser)\b|mapit|\bmaps?\b|parametric|: ?pe\d|"
+    r"\bpart-phase\b"
 )
+_QUANTITIES = (
+    ("T1rho", r"^t1rho"), ("T2*", r"^t2(star|\*)"), ("R2*", r"^r2(star|\*)"), ("T1", r"^t1"), ("T2", r"^t2"),
+    ("R1", r"^r1"), ("R2", r"^r2"), ("ADC", r"^adc"), ("MD", r"^md"), ("FA", r"^fa[ _-]?(map|fit|calc|image)"),
+    ("PDFF", r"^(pd)?ff|^fat"), ("CBF", r"^cbf"), ("QSM", r"^qsm"), ("B0", r"^b0"), ("B1", r"^b1"),
+    ("velocity", r"^velocity"), ("phase", r"^part-phase"),
+)  # fmt: skip
+"""Quantity of `omnimri.models.quantities`, and the words found by `_QUANTITATIVE` that name it."""
 _WITH_AGENT = (
     r"\+ ?c\b|\bc\+|\bpost\b|\bpost.?(con|gad|gd|inj)|\bgad|\bgd\b|t1.?ce\b|\bce\b|\bkm\b|\bw.?con|enhanced|"
     r"\bcontrast\b"
@@ -83,6 +91,8 @@ class SequenceClass:
     """Which rule named the contrast: diffusion, description, sequence name or timing."""
     quantitative: bool | None
     """A map of a physical quantity, as opposed to a weighted image."""
+    quantity: str | None
+    """Which one, of `omnimri.models.quantities`."""
     contrast_agent: bool | None
     acquisition_type: str | None
     """`2D` or `3D`."""
@@ -92,11 +102,12 @@ def classify(header: Header) -> SequenceClass:
     """Apply the rules, tier by tier."""
     texts = [_words(text) for text in header.texts]
     contrast, tier = _contrast(header, texts)
-    named = any(re.search(_QUANTITATIVE, text) for text in texts)
+    named = [found[0] for text in texts if (found := re.search(_QUANTITATIVE, text))]
     return SequenceClass(
         contrast=contrast,
         tier=tier,
         quantitative=True if named else False if contrast else None,
+        quantity=next(filter(None, (_first(_QUANTITIES, words) for words in named)), None),
         contrast_agent=_agent(header.contrast_agent, texts),
         acquisition_type=_acquisition_type(header.acquisition_type, texts),
     )

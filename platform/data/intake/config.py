@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, fields
 from typing import Literal
 
 from omnimri.platform.data.formats.dicomweb import DicomwebConfig
 from omnimri.platform.data.formats.records import ReadLimits
 from omnimri.platform.data.intake.quality import QualityLimits
+
+CHANGES_VOXELS = {"changes_voxels": True}
+"""Metadata of a field whose value changes what is stored of a file: part of the preprocessing version of its rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +28,11 @@ class IngestConfig:
     """Another seed splits the patients differently."""
     split_fractions: tuple[float, float, float] = (0.7, 0.1, 0.2)
     """Shares of patients in train, val and test."""
-    split_by: Literal["rank", "hash"] = "rank"
-    """`rank`: exactly these shares of this corpus. `hash`: a patient keeps its split when the data set grows."""
+    split_by: Literal["rank", "hash", "official"] = "rank"
+    """`rank`: exactly these shares of this corpus. `hash`: a patient keeps its split when the data set grows.
+    `official`: the split that the layout of a catalogued set states (its test set is test even without labels), and
+    `rank` among the patients of whom none is stated. A person who is in several sets, or parts of a set, goes to test
+    if one of them says so, else to val if one does."""
     items_per_shard: int = 12
     """Series that one task reads into one Parquet file."""
     bytes_per_shard: int = 256 * 2**20
@@ -42,7 +50,7 @@ class IngestConfig:
     dicomweb: DicomwebConfig = field(default_factory=DicomwebConfig)
     """How a DICOMweb service is asked."""
     limits: ReadLimits = field(default_factory=ReadLimits)
-    max_coils: int | None = None
+    max_coils: int | None = field(default=None, metadata=CHANGES_VOXELS)
     """Compress k-space of more coils to so many virtual ones; None keeps the coils as they are."""
     quality: QualityLimits = field(default_factory=QualityLimits)
     """Beyond what a volume is flagged; it is kept."""
@@ -56,3 +64,18 @@ class IngestConfig:
             raise ValueError("overwrite replaces a corpus and append adds to it: set one of them.")
         if self.max_coils is not None and self.max_coils < 1:
             raise ValueError(f"max_coils must be 1 or more, or none, found {self.max_coils}.")
+
+    @property
+    def voxel_settings(self) -> dict[str, object]:
+        """The settings that change voxels, where they are not the default: a field added later changes no version."""
+        values = asdict(self)
+        return {
+            field.name: values[field.name]
+            for field in fields(self)
+            if field.metadata.get("changes_voxels") and getattr(self, field.name) != field.default
+        }
+
+    @property
+    def voxel_digest(self) -> str:
+        """Eight digits that tell apart settings which change voxels."""
+        return hashlib.sha256(json.dumps(self.voxel_settings, sort_keys=True).encode()).hexdigest()[:8]

@@ -15,7 +15,7 @@ from typing import Any
 
 from omnimri.platform.data import deid
 from omnimri.platform.data.catalogue.entries import DatasetEntry, catalogue, find_dataset, overlap_group, suggestion
-from omnimri.platform.data.catalogue.layout import CARD_KEY, Layouts
+from omnimri.platform.data.catalogue.layout import CARD_KEY, Layouts, held_out_first
 from omnimri.platform.data.formats.readers import ANNOTATIONS_NAME, Probe, WorkItem, group, probe_files
 from omnimri.platform.data.formats.records import ReadError, ReadLimits
 from omnimri.platform.data.formats.sources import Archive, Folder, Source
@@ -38,7 +38,7 @@ def make_plan(
     A person of the former corpus keeps the split.
     """
     probes = _probe_all(sources, config)
-    found: list[tuple[WorkItem, Annotation | None, DatasetCard]] = []
+    found: list[tuple[WorkItem, Annotation | None, DatasetCard, str | None]] = []
     errors: list[ReadError] = []
     for source, probed in zip(sources, probes, strict=True):
         sidecars, refused = parse_sidecars(_contents(source, (ANNOTATIONS_NAME,)), source.prefix)
@@ -52,16 +52,23 @@ def make_plan(
                 annotation, refusal = layouts.annotation(source, item)
             errors += refusal
             entry = layouts.entry_of(source.prefix + item.names[0])
-            found.append((item, annotation, _card_of(item, cards, config, entry)))
+            stated, refusal = _official_split(layouts, source, item, config)
+            errors += refusal
+            found.append((item, annotation, _card_of(item, cards, config, entry), stated))
     found.sort(key=lambda entry: (entry[0].source, entry[0].series))
-    patients = [(card.name, _patient(item, annotation)) for item, annotation, card in found]
+    patients = [(card.name, _patient(item, annotation)) for item, annotation, card, _ in found]
     persons = [(overlap_group(dataset), patient) for dataset, patient in patients]
     person_ids = {person: deid.pseudonym(key, "person", *person) for person in persons}
-    splits = {person: former.splits[name] for person, name in person_ids.items() if name in former.splits}
+    official = official_splits(persons, [stated for *_, stated in found])
+    known = {person: former.splits[name] for person, name in person_ids.items() if name in former.splits}
+    splits = official | known
     splits |= deid.assign_splits(
         [person for person in persons if person not in splits],
-        config.split_fractions, seed=config.seed, by=config.split_by, counts=former.split_counts,
-    )  # fmt: skip
+        config.split_fractions,
+        seed=config.seed,
+        by="rank" if config.split_by == "official" else config.split_by,
+        counts=former.split_counts,
+    )
     planned = [
         PlannedItem(
             item=dataclasses.replace(item, patient="", study="", series=""),
@@ -69,6 +76,7 @@ def make_plan(
             licence=card.licence,
             simulated=card.simulated,
             split=splits[person],
+            split_origin=_split_origin(stated, splits[person] if person in official else None),
             patient_id=deid.pseudonym(key, "patient", *patient),
             study_id=deid.pseudonym(key, "study", *patient, item.study),
             series_id=deid.pseudonym(key, "series", *patient, item.kind, item.series),
@@ -76,10 +84,42 @@ def make_plan(
             item_id=deid.pseudonym(key, "files", str(item.num_bytes), *item.names),
             annotation=annotation and dataclasses.replace(annotation, participant_id=""),
         )
-        for (item, annotation, card), patient, person in zip(found, patients, persons, strict=True)
+        for (item, annotation, card, stated), patient, person in zip(found, patients, persons, strict=True)
     ]
     logger.info("found %d series of %d patients", len(planned), len(set(patients)))
     return planned, errors
+
+
+def _official_split(
+    layouts: Layouts, source: Source, item: WorkItem, config: IngestConfig
+) -> tuple[str | None, list[ReadError]]:
+    if config.split_by != "official":
+        return None, []
+    try:
+        return layouts.official_split(source, item), []
+    except ReadError as error:
+        return None, [error]
+
+
+def official_splits(persons: Sequence[tuple[str, str]], stated: Sequence[str | None]) -> dict[tuple[str, str], str]:
+    """The split of every person of whom one is stated; what one series holds out is held out in all of a person's.
+
+    Args:
+        persons: Group of data sets and raw patient key of every series.
+        stated: Official split of every series, None where there is none.
+    """
+    found: dict[tuple[str, str], str] = {}
+    for person, split in zip(persons, stated, strict=True):
+        if split is not None:
+            found[person] = held_out_first([split, found.get(person, split)]) or split
+    return found
+
+
+def _split_origin(stated: str | None, official: str | None) -> str:
+    """How a series came to its split, from what its own layout states and what all say of its person."""
+    if official is None:
+        return "drawn"
+    return "official" if stated in (None, official) else "moved"
 
 
 def _patient(item: WorkItem, annotation: Annotation | None) -> str:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from omnimri.platform.data.shards import flag_kind
+
 SUMMARY_NAME = "summary.json"
 REJECTS_NAME = "rejects.jsonl"
+
+_SPLIT_ORIGINS = {
+    "drawn": "drawn", "official": "official split of the set", "moved": "moved: the person is in another split",
+}  # fmt: skip
 
 _BREAKDOWNS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "vendor": lambda row: row["vendor"],
@@ -21,6 +26,7 @@ _BREAKDOWNS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "sex": lambda row: row["sex"],
     "source format": lambda row: row["source_format"],
     "split": lambda row: row["split"],
+    "split by": lambda row: _SPLIT_ORIGINS[row["split_origin"]],
     "data set": lambda row: row["dataset"],
 }
 """Name of a breakdown and the value that a row counts under."""
@@ -53,7 +59,7 @@ def summarise(rows: Sequence[dict[str, Any]], rejects: Sequence[dict[str, str]])
         tables[name] = {value: _count(members) for value, members in ordered}
     kinds = {kind: [row for row in rows if row[flag]] for kind, flag in _ANNOTATIONS.items()}
     tables["annotation"] = {kind: _count(members) for kind, members in kinds.items() if members}
-    flagged = Counter(re.sub(r" of [0-9a-f]{16}$", "", flag) for row in rows for flag in row["flags"])
+    flagged = Counter(flag_kind(flag) for row in rows for flag in row["flags"])
     tables["flags"] = dict(flagged.most_common())
     tables["rejected"] = dict(Counter(reject["reason"] for reject in rejects).most_common())
     return tables

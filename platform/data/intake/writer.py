@@ -28,6 +28,12 @@ from omnimri.platform.data.schema import SCHEMA, SCHEMA_VERSION, pack_array
 INTAKE_VERSION = "intake-3"
 """Raised when the same file would give other voxels, geometry, labels or facts."""
 
+
+def preprocessing_version(config: IngestConfig) -> str:
+    """What made the voxels of a row: the intake's version and a digest of the settings that change them."""
+    return f"{INTAKE_VERSION}-{config.voxel_digest}"
+
+
 _PSEUDONYMS = ("row_id", "patient_id", "study_id", "series_id")
 _DERIVED = ("quality", "flags", "fingerprint")
 _ARRAYS = ("image", "kspace", "mask", "label_map")
@@ -43,6 +49,8 @@ class PlannedItem:
     licence: str | None
     simulated: bool
     split: str
+    split_origin: str = "drawn"
+    """`drawn`; `official`, as a layout says of the person; `moved` from there, because another holds the person out."""
     patient_id: str
     study_id: str
     series_id: str
@@ -73,6 +81,7 @@ def write_shard(planned: list[PlannedItem], path: Path, config: IngestConfig) ->
     """
     rows: list[dict[str, Any]] = []
     rejects: list[ReadError] = []
+    version = preprocessing_version(config)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with pq.ParquetWriter(
         partial,
@@ -87,7 +96,7 @@ def write_shard(planned: list[PlannedItem], path: Path, config: IngestConfig) ->
             records, errors = _volumes(plan, config)
             rejects += errors
             for record in records:
-                row = make_row(record, plan, config.limits, config.quality)
+                row = make_row(record, plan, config.limits, config.quality, version)
                 rejects += row.misfits
                 writer.write_table(pa.Table.from_pylist([row.values], schema=SCHEMA), row_group_size=1)
                 rows.append(_manifest_entry(row, record, plan, path.name, len(rows)))
@@ -135,8 +144,14 @@ class Row:
     """What of its annotation did not fit."""
 
 
-def make_row(record: SeriesRecord, plan: PlannedItem, limits: ReadLimits, quality: QualityLimits) -> Row:
-    """The row of one volume."""
+def make_row(
+    record: SeriesRecord,
+    plan: PlannedItem,
+    limits: ReadLimits,
+    quality: QualityLimits,
+    version: str = INTAKE_VERSION,
+) -> Row:
+    """The row of one volume, made by an ingest of this preprocessing version."""
     scan = record.scan
     annotation = (plan.annotation or Annotation()).of_volume(record.volume)
     label_map, label_names, boxes, errors = _fitted(annotation, record, plan.item, limits)
@@ -147,6 +162,7 @@ def make_row(record: SeriesRecord, plan: PlannedItem, limits: ReadLimits, qualit
         "dataset": plan.dataset,
         "licence": plan.licence,
         "split": plan.split,
+        "split_origin": plan.split_origin,
         "patient_id": plan.patient_id,
         "study_id": plan.study_id,
         "series_id": plan.series_id,
@@ -170,10 +186,14 @@ def make_row(record: SeriesRecord, plan: PlannedItem, limits: ReadLimits, qualit
         "flags": quality_flags(scan.image.shape, measured, quality, t1_weighted=facts["contrast"] == "T1w")
         + face_flags(scan, facts, measured, plan),
         "fingerprint": fingerprint(scan.image, scan.affine),
-        "preprocessing_version": INTAKE_VERSION,
+        "preprocessing_version": version,
     }
     arrays = {name: _array_digest(row[name]) for name in _ARRAYS}
-    said = {name: row[name] for name in SCHEMA.names if name not in (*_PSEUDONYMS, "split", *_DERIVED, *_ARRAYS)}
+    said = {
+        name: row[name]
+        for name in SCHEMA.names
+        if name not in (*_PSEUDONYMS, "split", "split_origin", *_DERIVED, *_ARRAYS)
+    }
     digest = _digest_of(arrays, said)
     voxels = _digest_of(arrays["image"], arrays["kspace"], row["affine"])
     return Row(values={"row_id": digest[:16], **row}, digest=digest, voxels=voxels, misfits=errors)
@@ -229,7 +249,8 @@ def _manifest_entry(row: Row, record: SeriesRecord, plan: PlannedItem, file: str
     """What the manifest says of a row; `source` serves the driver and is not kept."""
     values = row.values
     copied = (
-        "row_id", "dataset", "licence", "simulated", "split", "patient_id", "study_id", "series_id", "source_format",
+        "row_id", "dataset", "licence", "simulated", "split", "split_origin", "preprocessing_version",
+        "patient_id", "study_id", "series_id", "source_format",
         "shape", "spacing_mm", "contrast", "quantitative", "contrast_agent", "acquisition_type", "plane", "body_part",
         "vendor", "field_strength_t", "sex", "age_years", "flags", "fingerprint",
     )  # fmt: skip
