@@ -27,7 +27,7 @@ from omnimri.platform.data.intake.config import IngestConfig
 from omnimri.platform.data.intake.quality import QualityLimits, fingerprint, image_quality, quality_flags
 from omnimri.platform.data.schema import SCHEMA, SCHEMA_VERSION, pack_array
 
-INTAKE_VERSION = "intake-2"
+INTAKE_VERSION = "intake-3"
 """Raised when the same file would give other voxels, geometry, labels or facts."""
 
 _PSEUDONYMS = ("row_id", "patient_id", "study_id", "series_id")
@@ -132,7 +132,8 @@ def make_row(
         "label_map": pack_array(label_map),
         "label_names": sorted(label_names.items()) if label_map is not None else None,
         "boxes": boxes,
-        "classes": annotation.classes,
+        "classes": record.classes if annotation.classes is None else annotation.classes,
+        "measurements": record.measurements,
         "report": scrub(annotation.report, record.identifiers),
         "description": _json(scrub(annotation.description, record.identifiers)),
         "description_origin": _json(annotation.description_origin),
@@ -158,7 +159,7 @@ def _fitted(
 ) -> tuple[np.ndarray | None, dict[int, str], list[dict[str, Any]] | None, list[ReadError]]:
     """Label map with the names of its values, and boxes, as far as they fit the volume.
 
-    A label map that the annotation names wins over what came with the series, which is used where it does not fit.
+    What the annotation names wins over what came with the series, which is used where a label map does not fit.
     """
     source, boxes = record.source, placed_boxes(annotation, record.scan.image.shape)
     label_map, label_names, errors = record.label_map, record.label_names, []
@@ -173,7 +174,7 @@ def _fitted(
     except ValueError as error:
         boxes = None
         errors.append(ReadError(source, str(error), "Correct annotations.json; the volume was kept."))
-    return label_map, label_names, boxes, errors
+    return label_map, label_names, record.boxes if annotation.boxes is None else boxes, errors
 
 
 def _json(value: dict[str, Any] | None) -> str | None:
@@ -225,6 +226,7 @@ def manifest_entry(row: dict[str, Any], record: SeriesRecord, file: str, row_gro
         "has_labels": row["label_map"] is not None,
         "has_boxes": row["boxes"] is not None,
         "has_classes": row["classes"] is not None,
+        "has_measurements": bool(row["measurements"]),
         "has_report": row["report"] is not None,
         "has_description": row["description"] is not None,
         "source": record.source,
