@@ -207,7 +207,8 @@ def _with_overlays(record: SeriesRecord, volume: list[Dataset]) -> tuple[SeriesR
         return record, [ReadError(record.source, reason, "The volume was kept.")]
     if labels is None:
         return record, []
-    return dataclasses.replace(record, label_map=labels.label_map, label_names=labels.names), []
+    label_map, names, covered = labels.painted()
+    return dataclasses.replace(record, label_map=label_map, label_names=names), covered
 
 
 def _check_size(dataset: Dataset, source: str, limits: ReadLimits) -> None:
