@@ -15,7 +15,7 @@ from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
 
 from omnimri.platform.data.formats.dicom_names import unit_code
-from omnimri.platform.data.formats.dicom_reports import graphic_extent
+from omnimri.platform.data.formats.dicom_regions import graphic_extent
 from omnimri.platform.data.formats.readers import group as group_files
 from omnimri.platform.data.formats.readers import probe_files, read_path
 from omnimri.platform.data.formats.records import ReadLimits
@@ -31,6 +31,7 @@ from tests.platform.report_fakes import (
     COMMENT,
     CUBIC_MM,
     OBSERVER,
+    PERIPHERAL_ZONE,
     PLANTED,
     TRANSITION_ZONE,
     VOLUME,
@@ -368,6 +369,16 @@ def test_what_cannot_be_named_or_placed_is_counted(tmp_path: Path) -> None:
         "value.",
         "Left out of the measurement report, 2 times: the region of a finding cannot be placed on the series.",
     ]
+
+
+def test_several_sites_are_all_named_and_a_side_only_if_they_agree(tmp_path: Path) -> None:
+    slices, _ = _series(tmp_path)
+    zones = [(PERIPHERAL_ZONE, codes.SCT.Left), (TRANSITION_ZONE, codes.SCT.Right)]
+    sites = [sr.FindingSite(zone, laterality=side) for zone, side in zones]
+    save_report(tmp_path / "sr.dcm", slices, [of_images(measurements=[_volume()], finding_sites=sites)])
+    [record], _ = read_path(tmp_path)
+    both = "peripheral zone of the prostate, transition zone of the prostate"
+    assert record.measurements == [VOLUME_ROW | {"site": both, "laterality": None}]
 
 
 def test_a_later_version_replaces_a_report(tmp_path: Path) -> None:

@@ -3,8 +3,9 @@
 A measurement group speaks of the images that it names; if it names none, of the series or segmentation that it names;
 if it only has coordinates in space, of every series of the report in that frame of reference, but for intensities,
 which are those of one image; if it has nothing, of the one image series that the report lists as evidence. Its regions
-become boxes on the grid of the volume. Only codes and numbers are used. Text of a report (observers, comments, tracking
-identifiers) goes nowhere, and neither does the meaning that a file writes beside a code (`dicom_names.concept_name`).
+become boxes on the grid of the volume (`dicom_regions`). Only codes and numbers are used. Text of a report (observers,
+comments, tracking identifiers) goes nowhere, and neither does what a file writes beside a code, unless the standard or
+our vocabulary knows it (`dicom_names.concept_name`).
 """
 
 from __future__ import annotations
@@ -16,29 +17,23 @@ from pathlib import Path
 from typing import Any
 
 import highdicom
-import numpy as np
 import pydicom
-from highdicom.spatial import ImageToReferenceTransformer, PixelToReferenceTransformer
 from highdicom.sr import MeasurementReport
 from nibabel.orientations import OrientationError
 from pydicom.dataset import Dataset
-from pydicom.pixels import pixel_array
 from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
 from pydicom.uid import (
     Comprehensive3DSRStorage,
     ComprehensiveSRStorage,
     EnhancedSRStorage,
-    SegmentationStorage,
 )  # fmt: skip
 
-from omnimri.models.scan import Scan
 from omnimri.models.vocabulary import SIDES
-from omnimri.platform.data.formats import dicom_labels, dicom_mosaic
+from omnimri.platform.data.formats import dicom_labels
 from omnimri.platform.data.formats.dicom_names import concept_name, is_abnormal, side_name, unit_code
-from omnimri.platform.data.formats.label_maps import extent
+from omnimri.platform.data.formats.dicom_regions import Drawings, instance_uid
 from omnimri.platform.data.formats.records import (
-    LPS_TO_RAS,
     UNREADABLE,
     ReadError,
     ReadLimits,
@@ -62,18 +57,8 @@ REFERENCE_TAGS = [
 ]
 """Header elements that `is_report` and `references` look at."""
 
-_ON_EDGE = 1e-2
-"""Voxels by which a centre may lie outside an outline through it: coordinates are stored as 32-bit floats."""
-
 _SIZES = frozenset({"um", "um2", "um3", "mm", "mm2", "mm3", "cm", "cm2", "cm3", "m", "dm3", "ml", "mL", "l", "L"})
 """Units of sizes, which are the same on every series of a frame of reference."""
-
-_Box = tuple[np.ndarray, np.ndarray]
-"""Lowest and highest voxel index `x y z` of a region, fractional, both within."""
-
-
-class _NotPlacedError(ValueError):
-    """A region that cannot be put on the grid of the volume."""
 
 
 def is_report(header: Dataset) -> bool:
@@ -177,13 +162,13 @@ def attach(
             errors.append(ReadError(source, reason, _KEPT))
     replaced = frozenset().union(*(report.replaces for report in reports))
     with quiet_libraries():
-        series = _Series(image_paths, label_paths, limits)
+        drawings = Drawings(image_paths, label_paths, limits)
     for report in reports:
         if report.instance in replaced:
             errors.append(ReadError(report.source, "Not used: a later version of the report is there.", _KEPT))
             continue
         with quiet_libraries():
-            records, refused = _apply(report, records, series)
+            records, refused = _apply(report, records, drawings)
         errors += refused
     return records, errors
 
@@ -228,13 +213,8 @@ def _group(group: Any) -> _Group:
     """What a measurement group of highdicom says."""
     root = group[0]
     items = list(root.ContentSequence)
-    finding, sites = group.finding_type, group.finding_sites
-    site = sites[0] if sites else None
-    said = {
-        "finding": concept_name(finding),
-        "site": concept_name(site and site.value),
-        "laterality": side_name(site and site.laterality),
-    }
+    finding = group.finding_type
+    said = {"finding": concept_name(finding), **_where(group.finding_sites)}
     numbers = [item for item in items if item.ValueType == "NUM"]
     measurements = [(frozenset(_images(item)), row) for item in numbers if (row := _measurement(item, said))]
     return _Group(
@@ -259,6 +239,13 @@ def _group(group: Any) -> _Group:
     )
 
 
+def _where(sites: Sequence[highdicom.sr.FindingSite]) -> dict[str, str]:
+    """Names of finding sites, and the side if they agree on it."""
+    sides = {side_name(site.laterality) for site in sites}
+    names = dict.fromkeys(filter(None, (concept_name(site.value) for site in sites)))
+    return {"site": ", ".join(names), "laterality": sides.pop() if len(sides) == 1 else ""}
+
+
 def _measurement(item: Any, said: Mapping[str, str]) -> dict[str, Any] | None:
     """Columns of a NUM item; a site or a derivation (mean, maximum) of its own counts. None if it is not understood."""
     name, unit, value = concept_name(item.name), unit_code(item.unit), float(item.value)
@@ -267,11 +254,8 @@ def _measurement(item: Any, said: Mapping[str, str]) -> dict[str, Any] | None:
     if not (name and unit and math.isfinite(value) and all(derivations)):
         return None
     row = {"name": ", ".join([name, *derivations]), "value": value, "unit": unit, **said}
-    for child in children:
-        if child.name == codes.SCT.FindingSite:
-            site = highdicom.sr.FindingSite.from_dataset(child)
-            row |= {"site": concept_name(site.value), "laterality": side_name(site.laterality)}
-            break
+    if sites := [child for child in children if child.name == codes.SCT.FindingSite]:
+        row |= _where([highdicom.sr.FindingSite.from_dataset(site) for site in sites])
     return {key: None if text == "" else text for key, text in row.items()}
 
 
@@ -307,9 +291,11 @@ class _Said:
     ambiguous: set[int] = dataclasses.field(default_factory=set)
 
 
-def _apply(report: _Report, records: list[SeriesRecord], series: _Series) -> tuple[list[SeriesRecord], list[ReadError]]:
+def _apply(
+    report: _Report, records: list[SeriesRecord], drawings: Drawings
+) -> tuple[list[SeriesRecord], list[ReadError]]:
     """The records with what one report says of each, and a line for each kind of thing that could not be used."""
-    said = [_said_of(record, report, series) for record in records]
+    said = [_said_of(record, report, drawings) for record in records]
     used = set().union(*(one.used for one in said))
     unplaced = set().union(*(one.unplaced for one in said)) - set().union(*(one.placed for one in said))
     ambiguous = set().union(*(one.ambiguous for one in said))
@@ -328,13 +314,13 @@ def _apply(report: _Report, records: list[SeriesRecord], series: _Series) -> tup
     return list(map(_described, records, said)), errors
 
 
-def _said_of(record: SeriesRecord, report: _Report, series: _Series) -> _Said:
+def _said_of(record: SeriesRecord, report: _Report, drawings: Drawings) -> _Said:
     said = _Said()
     for index, group in enumerate(report.groups):
         rows = [
-            (images, row) for images, row in group.measurements if _speaks_of(images, group, report, record, series)
+            (images, row) for images, row in group.measurements if _speaks_of(images, group, report, record, drawings)
         ]
-        if not rows and not _speaks_of(frozenset(), group, report, record, series):
+        if not rows and not _speaks_of(frozenset(), group, report, record, drawings):
             continue
         said.used.add(index)
         of_volume = [row for images, row in rows if row["unit"] in _SIZES or _says_where(images, group, report)]
@@ -343,22 +329,24 @@ def _said_of(record: SeriesRecord, report: _Report, series: _Series) -> _Said:
             said.ambiguous.add(index)
         said.classes.extend(group.present)
         if group.finding and group.is_abnormal and (group.regions or group.segments):
-            box = _box(group, record, series)
+            box = _box(group, record, drawings)
             said.boxes.extend([box] if box else [])
             (said.placed if box else said.unplaced).add(index)
     return said
 
 
-def _speaks_of(images: frozenset[str], group: _Group, report: _Report, record: SeriesRecord, series: _Series) -> bool:
+def _speaks_of(
+    images: frozenset[str], group: _Group, report: _Report, record: SeriesRecord, drawings: Drawings
+) -> bool:
     """Whether a group, or a measurement of it that names images itself, speaks of a volume."""
     if named := images or group.images:
         return bool(named & set(record.instances))
     if group.series:
         return record.series_key in group.series
-    if any(_uid(segment) in series.segmentations for segment in group.segments):
+    if any(instance_uid(segment) in drawings.segmentations for segment in group.segments):
         return True
     frames = {str(item.ReferencedFrameOfReferenceUID) for item in group.regions if item.ValueType == "SCOORD3D"}
-    return frames == {series.frame_of_reference} if frames else report.image_series == {record.series_key}
+    return frames == {drawings.frame_of_reference} if frames else report.image_series == {record.series_key}
 
 
 def _says_where(images: frozenset[str], group: _Group, report: _Report) -> bool:
@@ -388,166 +376,14 @@ def _described(record: SeriesRecord, said: _Said) -> SeriesRecord:
     )
 
 
-def _box(group: _Group, record: SeriesRecord, series: _Series) -> dict[str, Any] | None:
+def _box(group: _Group, record: SeriesRecord, drawings: Drawings) -> dict[str, Any] | None:
     """The box of a group's finding on a volume, or None if its region cannot be placed there."""
     try:
-        extents = [series.extent_of_region(item, record) for item in group.regions]
-        extents += [series.extent_of_segment(item, record) for item in group.segments]
-        low = np.min([low for low, _ in extents], axis=0)
-        high = np.max([high for _, high in extents], axis=0)
-        corners = _voxels(low, high, record.scan.image.shape)
+        corners = drawings.box(group.regions, group.segments, record.scan)
     except (OrientationError, *UNREADABLE):
         return None
-    side = group.laterality if group.laterality in SIDES else None
-    return {"label": group.finding, "side": side, "box_voxel": corners}
-
-
-def _voxels(low: np.ndarray, high: np.ndarray, shape: tuple[int, ...]) -> list[int]:
-    """Half-open box `z1 y1 x1 z2 y2 x2` of the voxels whose centres lie in an extent `x y z`, cut to the volume.
-
-    A region between two centres has the voxel that its middle lies in.
-
-    Raises:
-        _NotPlacedError: If nothing of it lies in the volume.
-    """
-    first, last = np.ceil(low - _ON_EDGE), np.floor(high + _ON_EDGE)
-    middle = np.round((low + high) / 2)
-    first, last = np.where(first > last, middle, first), np.where(first > last, middle, last)
-    start = np.maximum(first, 0).astype(int)[::-1]
-    stop = np.minimum(last + 1, shape[::-1]).astype(int)[::-1]
-    if (start >= stop).any():
-        raise _NotPlacedError
-    return [*start.tolist(), *stop.tolist()]
-
-
-class _Series:
-    """The images and segmentations of a series as far as reports refer to them; files are opened when one does."""
-
-    def __init__(self, image_paths: Sequence[Path], label_paths: Mapping[str, Path], limits: ReadLimits) -> None:
-        self._limits = limits
-        self._images = {str(_header(path).get("SOPInstanceUID")): path for path in image_paths}
-        self.segmentations = {
-            str(header.SOPInstanceUID): path
-            for path in label_paths.values()
-            if (header := _header(path)).get("SOPClassUID") == SegmentationStorage
-        }
-        self._loaded: dict[str, highdicom.seg.Segmentation] = {}
-        self.frame_of_reference = str(_header(image_paths[0]).get("FrameOfReferenceUID") or "")
-
-    def extent_of_region(self, item: Any, record: SeriesRecord) -> _Box:
-        """Extent of coordinates in voxel indices of a volume.
-
-        Raises:
-            _NotPlacedError: If they mark a point, or lie on an image or in a frame of reference that is not known.
-        """
-        kind, points = str(item.GraphicType), np.asarray(item.value, dtype=float)
-        if item.ValueType == "SCOORD":
-            if kind == "CIRCLE":
-                kind, points = "ELLIPSE", _circle(*points)
-            points = self._plane(item)(points)
-        elif str(item.ReferencedFrameOfReferenceUID) != self.frame_of_reference:
-            raise _NotPlacedError
-        return graphic_extent(kind, _indices(points, record.scan))
-
-    def _plane(self, item: Any) -> ImageToReferenceTransformer:
-        """From coordinates of the image that a region was drawn on to LPS mm."""
-        [source] = [child for child in item.ContentSequence if child.ValueType == "IMAGE"]
-        header = self._header_of(_uid(source))
-        if dicom_mosaic.is_mosaic(header):
-            raise _NotPlacedError
-        frames = _frames(source)
-        if not header.get("NumberOfFrames"):
-            return ImageToReferenceTransformer.for_image(header)
-        if not frames and int(header.NumberOfFrames) == 1:
-            frames = [1]
-        [frame] = frames
-        return ImageToReferenceTransformer.for_image(header, frame_number=frame)
-
-    def _header_of(self, uid: str) -> Dataset:
-        if uid not in self._images:
-            raise _NotPlacedError
-        return pydicom.dcmread(self._images[uid], stop_before_pixels=True, force=True)
-
-    def extent_of_segment(self, item: Any, record: SeriesRecord) -> _Box:
-        """Extent of a segment, or of the frames of it that are named, in voxel indices of a volume.
-
-        Raises:
-            _NotPlacedError: If the segmentation is not there, or the segment is empty.
-            ReadError: If it does not fit the volume.
-        """
-        segmentation = self._segmentation(_uid(item))
-        numbers = np.atleast_1d(item.ReferencedSOPSequence[0].get("ReferencedSegmentNumber") or []).astype(int)
-        if frames := _frames(item):
-            places = [_frame_voxels(segmentation, frame, numbers.tolist()) for frame in frames]
-            points = _indices(np.concatenate(places), record.scan)
-            if not len(points):
-                raise _NotPlacedError
-            return points.min(axis=0), points.max(axis=0)
-        masks = [dicom_labels.segment_mask(segmentation, n, record.scan, record.source) for n in numbers.tolist()]
-        box = extent(np.any(masks, axis=0))
-        if box is None:
-            raise _NotPlacedError
-        return np.array(box[0][::-1], dtype=float), np.array(box[1][::-1], dtype=float) - 1
-
-    def _segmentation(self, uid: str) -> highdicom.seg.Segmentation:
-        if uid not in self.segmentations:
-            raise _NotPlacedError
-        if uid not in self._loaded:
-            dataset = pydicom.dcmread(self.segmentations[uid], force=True)
-            self._loaded[uid] = dicom_labels.load_segmentation(dataset, "", self._limits)
-        return self._loaded[uid]
-
-
-def _header(path: Path) -> Dataset:
-    tags = ["SOPInstanceUID", "SOPClassUID", "FrameOfReferenceUID"]
-    return pydicom.dcmread(path, stop_before_pixels=True, force=True, specific_tags=tags)
-
-
-def _uid(item: Dataset) -> str:
-    return str(item.ReferencedSOPSequence[0].ReferencedSOPInstanceUID)
-
-
-def _frames(item: Dataset) -> list[int]:
-    return np.atleast_1d(item.ReferencedSOPSequence[0].get("ReferencedFrameNumber") or []).astype(int).tolist()
-
-
-def _frame_voxels(segmentation: highdicom.seg.Segmentation, frame: int, numbers: list[int]) -> np.ndarray:
-    """Centres of the pixels that belong to a segment in one frame of a SEG, `(points, 3)` in LPS mm."""
-    pixels = pixel_array(segmentation, index=frame - 1)
-    if segmentation.SegmentationType == "LABELMAP":
-        inside = np.isin(pixels, numbers) if numbers else pixels > 0
-    else:
-        inside = pixels >= max(1, dicom_labels.FULL * int(segmentation.get("MaximumFractionalValue") or 1))
-    return PixelToReferenceTransformer.for_image(segmentation, frame_number=frame)(np.argwhere(inside)[:, ::-1])
-
-
-def _indices(points: np.ndarray, scan: Scan) -> np.ndarray:
-    """LPS mm to fractional voxel indices `x y z` of a scan, both `(points, 3)`."""
-    to_index = np.linalg.inv(scan.affine) @ LPS_TO_RAS
-    return np.c_[points, np.ones(len(points))] @ to_index[:3].T
-
-
-def _circle(centre: np.ndarray, on_circle: np.ndarray) -> np.ndarray:
-    """Ends of two diameters of a circle, as an ellipse has them."""
-    radius = np.linalg.norm(on_circle - centre)
-    return centre + radius * np.array([[-1, 0], [1, 0], [0, -1], [0, 1]])
-
-
-def graphic_extent(kind: str, points: np.ndarray) -> _Box:
-    """Extent of a graphic type of DICOM along the axes.
-
-    Args:
-        kind: Graphic Type; of an ELLIPSE and an ELLIPSOID, `points` are the ends of its axes, two by two.
-        points: `(points, 3)`, mapped by an affine from where it was drawn: half axes stay conjugate.
-
-    Raises:
-        _NotPlacedError: If the graphic is a point, a set of points or a line, which have no extent.
-    """
-    if kind in ("ELLIPSE", "ELLIPSOID"):
-        half_axes = (points[1::2] - points[::2]) / 2
-        reach = np.sqrt((half_axes**2).sum(axis=0))
-        centre = points.mean(axis=0)
-        return centre - reach, centre + reach
-    if kind not in ("POLYLINE", "POLYGON") or len(np.unique(points, axis=0)) < 3:
-        raise _NotPlacedError
-    return points.min(axis=0), points.max(axis=0)
+    return {
+        "label": group.finding,
+        "side": group.laterality if group.laterality in SIDES else None,
+        "box_voxel": corners,
+    }
