@@ -1,5 +1,7 @@
 """The words every room shares: tasks, structures, findings, and the label values they stand for."""
 
+import re
+
 TASKS = ("reconstruct", "segment", "detect", "diagnose", "report")
 """The five tasks of the paper's Table 1; the names of the routes and of the instruction sets."""
 
@@ -24,3 +26,8 @@ PLANES = ("axial", "coronal", "sagittal")
 SIDES = ("left", "right", "midline")
 
 RESEARCH_NOTICE = "Research use only, not for diagnosis."
+
+
+def structure_of(label: str) -> str:
+    """The structure that a label of a volume names: `lesion 2` is the second lesion."""
+    return re.sub(r" \d+$", "", label)

@@ -12,6 +12,8 @@ import numpy as np
 import pyarrow as pa
 
 SCHEMA_VERSION = 3
+READABLE_VERSIONS = (2, 3)
+"""Versions of corpora that `shards` reads: columns that version 2 lacks read as null."""
 
 ARRAY = pa.struct([("data", pa.large_binary()), ("shape", pa.list_(pa.int64())), ("dtype", pa.string())])
 
@@ -21,6 +23,18 @@ BOX = pa.struct(
         ("side", pa.string()),
         # Voxel box of the native grid, half-open: [z1, y1, x1, z2, y2, x2].
         ("box_voxel", pa.list_(pa.int64())),
+    ]
+)
+
+MEASUREMENT = pa.struct(
+    [
+        # Words are the meanings of standard codes in lower case; a null one was not coded.
+        ("name", pa.string()),  # volume; apparent diffusion coefficient, mean
+        ("value", pa.float64()),
+        ("unit", pa.string()),  # UCUM code: mm, mm3, 1
+        ("finding", pa.string()),  # lesion
+        ("site", pa.string()),  # peripheral zone of prostate
+        ("laterality", pa.string()),  # left | right | bilateral
     ]
 )
 
@@ -53,6 +67,7 @@ SCHEMA = pa.schema(
         ("label_names", pa.map_(pa.int32(), pa.string())),
         ("boxes", pa.list_(BOX)),  # null: not annotated; empty: annotated, nothing there
         ("classes", pa.list_(pa.string())),  # diagnoses; null: not annotated
+        ("measurements", pa.list_(MEASUREMENT)),  # of structured reports; null: none that is used
         ("report", pa.string()),
         ("description", pa.string()),  # JSON, five levels of the paper's Figure 2
         ("description_origin", pa.string()),  # JSON, field -> header | label | report | generated

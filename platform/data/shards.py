@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from omnimri.models.scan import Scan
-from omnimri.platform.data.schema import FACTS, FLAGS, SCHEMA, SCHEMA_VERSION
+from omnimri.platform.data.schema import FACTS, FLAGS, READABLE_VERSIONS, SCHEMA, SCHEMA_VERSION
 
 MANIFEST_NAME = "manifest.json"
 SHARDS_FOLDER = "shards"
@@ -66,6 +66,7 @@ class RowRef:
     has_boxes: bool
     """Annotated for boxes; there may be none to find."""
     has_classes: bool
+    has_measurements: bool
     has_report: bool
     has_description: bool
     flags: tuple[str, ...]
@@ -150,7 +151,8 @@ class Shards:
     @cached_property
     def digest(self) -> str:
         """Version of the data: changes with any row's content, not with the order, the layout or the key."""
-        return content_digest((row.digest, row.split) for row in self.rows)
+        version = max((manifest["schema_version"] for manifest in self.manifests), default=SCHEMA_VERSION)
+        return content_digest(((row.digest, row.split) for row in self.rows), version)
 
 
 def flag_kind(flag: str) -> str:
@@ -168,9 +170,9 @@ def check_flags(flags: Iterable[str]) -> None:
         raise ValueError(f"Unknown flags {', '.join(map(repr, unknown))}; known: {', '.join(FLAGS)}.")
 
 
-def content_digest(rows: Iterable[tuple[str, str]]) -> str:
+def content_digest(rows: Iterable[tuple[str, str]], schema_version: int = SCHEMA_VERSION) -> str:
     """SHA-256 over the schema version and the sorted `(digest, split)` of rows."""
-    digest = hashlib.sha256(f"omnimri schema {SCHEMA_VERSION}\n".encode())
+    digest = hashlib.sha256(f"omnimri schema {schema_version}\n".encode())
     for row_digest, split in sorted(rows):
         digest.update(f"{row_digest} {split}\n".encode())
     return digest.hexdigest()
@@ -184,7 +186,8 @@ def load_row(ref: RowRef, columns: Sequence[str] | None = None) -> dict[str, Any
         columns: Columns to read; all by default. Leave `kspace` out where it is not used: it is most of the bytes.
 
     Returns:
-        Column to value: arrays as read-only numpy arrays, `label_names` as a dictionary, absent values as None.
+        Column to value: arrays as read-only numpy arrays, `label_names` as a dictionary, absent values as None, and so
+        are columns that the schema did not have when the row was written.
 
     Raises:
         ValueError: If a column is unknown.
@@ -193,8 +196,9 @@ def load_row(ref: RowRef, columns: Sequence[str] | None = None) -> dict[str, Any
     if unknown := sorted(set(names) - set(SCHEMA.names)):
         raise ValueError(f"The row schema has no column {', '.join(unknown)}; known: {', '.join(SCHEMA.names)}.")
     with pq.ParquetFile(ref.path) as file:
-        table = file.read_row_group(ref.row_group, columns=names, use_threads=False)
-    return {name: _value(name, table.column(name)[0]) for name in names}
+        written = set(file.schema_arrow.names)
+        table = file.read_row_group(ref.row_group, columns=[n for n in names if n in written], use_threads=False)
+    return {name: _value(name, table.column(name)[0]) if name in written else None for name in names}
 
 
 def row_to_scan(row: Mapping[str, Any]) -> Scan:
@@ -229,9 +233,10 @@ def _load_manifest(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{folder} is no ingested corpus: it holds no {MANIFEST_NAME}. Run `omnimri ingest` first.")
     manifest = json.loads(path.read_text(encoding="utf-8"))
-    if manifest.get("schema_version") != SCHEMA_VERSION:
+    if manifest.get("schema_version") not in READABLE_VERSIONS:
+        readable = " and ".join(map(str, READABLE_VERSIONS))
         raise ValueError(
-            f"{folder} has row schema {manifest.get('schema_version')}, this program reads {SCHEMA_VERSION}. "
+            f"{folder} has row schema {manifest.get('schema_version')}, this program reads {readable}. "
             "Ingest the data again."
         )
     return manifest
@@ -242,6 +247,7 @@ def _row_ref(entry: dict[str, Any], shards: Path) -> RowRef:
     values["shape"], values["spacing_mm"] = tuple(entry["shape"]), tuple(entry["spacing_mm"])
     values["flags"] = tuple(entry["flags"])
     values["preprocessing_version"] = entry.get("preprocessing_version") or "unknown"
+    values["has_measurements"] = entry.get("has_measurements", False)  # from schema version 3 on
     return RowRef(path=str(shards / entry["file"]), **values)
 
 

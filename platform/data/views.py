@@ -29,7 +29,7 @@ from omnimri.models.preprocess import Preprocess, scale_kspace
 from omnimri.models.prompts import diagnosis_answer, instruction_for, tagged
 from omnimri.models.resample import pad_or_crop
 from omnimri.models.scan import Scan
-from omnimri.models.vocabulary import CONTRASTS, LESION, PLANES, TISSUES
+from omnimri.models.vocabulary import CONTRASTS, LESION, PLANES, TISSUES, structure_of
 from omnimri.platform.data.shards import RowRef, row_to_scan
 
 Row = Mapping[str, Any]
@@ -205,7 +205,8 @@ def segmentation_sample(row: Row, rng: np.random.Generator, options: ViewOptions
 
 def _drawn_structures(names: Mapping[int, str], count: int, rng: np.random.Generator) -> list[str]:
     """Structures to ask for: tissues that the row's labels know, and lesions, which it may or may not have."""
-    known = [*(name for name in TISSUES if name in names.values()), LESION]
+    labelled = set(map(structure_of, names.values()))
+    known = [*(name for name in TISSUES if name in labelled), LESION]
     order = rng.permutation(len(known))
     return [known[order[i % len(known)]] for i in range(count)]
 
@@ -223,7 +224,8 @@ def _to_slice_grid(slices: torch.Tensor, options: ViewOptions) -> torch.Tensor:
 
 def structure_mask(label_map: np.ndarray, names: Mapping[int, str], structure: str) -> np.ndarray:
     """Bool mask of a structure by name; `lesion` is every label that is not a tissue."""
-    values = [v for v, name in names.items() if name == structure or (structure == LESION and name not in TISSUES)]
+    named = {value: structure_of(name) for value, name in names.items()}
+    values = [v for v, name in named.items() if name == structure or (structure == LESION and name not in TISSUES)]
     return np.isin(label_map, values)
 
 

@@ -13,8 +13,9 @@ import torch
 from omnimri.models import metrics, physics
 from omnimri.models.prompts import instruction_for
 from omnimri.models.scan import Scan
-from omnimri.models.vocabulary import FINDINGS, LESION, TISSUES
+from omnimri.models.vocabulary import FINDINGS, LESION, TISSUES, structure_of
 from omnimri.platform.data.shards import row_to_scan
+from omnimri.platform.data.views import structure_mask
 from omnimri.platform.evaluation import baselines
 from omnimri.platform.evaluation.baselines import Acquisition
 from omnimri.platform.evaluation.cases import (
@@ -108,19 +109,23 @@ def _lesion_slice(row: Mapping[str, Any], first: int, num_slices: int) -> int:
 
 def lesion_mask(label_map: np.ndarray, label_names: Mapping[int, str]) -> np.ndarray:
     """Union of all findings of a label map, bool of the same shape."""
-    values = [value for value, name in label_names.items() if name in FINDINGS or name == LESION]
-    return np.isin(label_map, values)
+    return np.isin(label_map, [value for value, name in label_names.items() if _is_finding(name)])
+
+
+def _is_finding(label: str) -> bool:
+    return structure_of(label) in (*FINDINGS, LESION)
 
 
 def reference_masks(row: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Mask per structure that the row is annotated for.
 
     A tissue is annotated where the label names list it. Lesions are annotated where the names list a finding, or the
-    row carries a list of boxes (an empty one says: looked for, none there).
+    row carries an empty list of boxes (looked for, none there); boxes alone do not outline a lesion.
     """
     names = row["label_names"]
-    masks = {name: row["label_map"] == value for value, name in names.items() if name in TISSUES}
-    if row.get("boxes") is not None or any(name in FINDINGS or name == LESION for name in names.values()):
+    tissues = {structure_of(name) for name in names.values()} & set(TISSUES)
+    masks = {name: structure_mask(row["label_map"], names, name) for name in TISSUES if name in tissues}
+    if row.get("boxes") == [] or any(map(_is_finding, names.values())):
         masks[LESION] = lesion_mask(row["label_map"], names)
     return masks
 

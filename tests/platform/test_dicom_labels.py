@@ -14,9 +14,11 @@ from pydicom.data import get_testdata_file
 from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
 
+from omnimri.models.vocabulary import structure_of
 from omnimri.platform.data.formats.dicom_names import coded_name, label_name, plain_name
+from omnimri.platform.data.formats.label_maps import Labels
 from omnimri.platform.data.formats.readers import group, probe_files, read_path
-from omnimri.platform.data.formats.records import ReadLimits
+from omnimri.platform.data.formats.records import ReadError, ReadLimits
 from omnimri.platform.data.formats.sources import open_sources
 from omnimri.platform.data.intake.annotations import parse_sidecars
 from omnimri.platform.data.intake.config import IngestConfig
@@ -168,14 +170,119 @@ def test_a_segmentation_wins_over_a_structure_set_and_that_is_said(tmp_path: Pat
     assert error.reason == "Not used: a DICOM segmentation goes before an RT structure set."
 
 
+def _block(z: slice, y: slice, x: slice) -> np.ndarray:
+    mask = np.zeros(SHAPE, dtype=np.uint8)
+    mask[z, y, x] = 1
+    return mask
+
+
+ALL = slice(None)
+WHOLE, INNER = _block(slice(0, 5), slice(1, 7), slice(0, 5)), _block(slice(1, 4), slice(2, 6), slice(1, 4))
+INNERMOST = _block(slice(2, 3), slice(3, 5), slice(2, 3))
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
+def test_segments_inside_others_are_painted_over_them(tmp_path: Path, order: tuple[int, ...]) -> None:
+    slices, affine = _series(tmp_path)
+    nested = {"liver": WHOLE, "kidney": INNER, "lesion": INNERMOST}
+    names = [list(nested)[index] for index in order]
+    save_seg(tmp_path / "seg.dcm", slices, np.stack([nested[name] for name in names], axis=-1), names)
+    [record], errors = read_path(tmp_path)
+    assert errors == []
+    assert record.label_names == dict(enumerate(names, start=1))
+    values = {name: value for value, name in record.label_names.items()}
+    expected = np.select([INNERMOST > 0, INNER > 0, WHOLE > 0], [values[n] for n in ("lesion", "kidney", "liver")])
+    np.testing.assert_array_equal(record.label_map, _as_read(expected, affine))
+
+
+def test_a_lesion_of_another_file_is_painted_over_its_organ(tmp_path: Path) -> None:
+    slices, affine = _series(tmp_path)
+    save_seg(tmp_path / "a.dcm", slices, INNER[..., None], ["lesion"])
+    save_seg(tmp_path / "b.dcm", slices, WHOLE[..., None], ["liver"])
+    [record], errors = read_path(tmp_path)
+    assert errors == []
+    np.testing.assert_array_equal(record.label_map, _as_read(np.where(INNER, 1, 2 * WHOLE), affine))
+
+
 def test_overlapping_segments_are_refused_and_the_volume_is_kept(tmp_path: Path) -> None:
     slices, _ = _series(tmp_path)
-    masks = np.stack([_labels() > 0, _labels() == 1], axis=-1).astype(np.uint8)
+    moved = _block(slice(1, 4), slice(2, 6), slice(2, 5))
+    masks = np.stack([INNER, moved], axis=-1)
     save_seg(tmp_path / "seg.dcm", slices, masks, ["liver", "spleen"])
     [record], [error] = read_path(tmp_path)
     assert record.label_map is None
     assert error.source == "seg.dcm"
-    assert error.reason.startswith(f"Segments overlap: {masks[..., 1].sum()} voxels belong to two of them")
+    assert error.reason == "Segments overlap: 24 voxels belong to two of them, and neither lies inside the other."
+
+
+def test_the_same_region_twice_is_refused(tmp_path: Path) -> None:
+    slices, _ = _series(tmp_path)
+    save_seg(tmp_path / "seg.dcm", slices, np.stack([INNER, INNER], axis=-1), ["lesion", "lesion"])
+    [record], [error] = read_path(tmp_path)
+    assert record.label_map is None
+    assert error.reason == "Segments overlap: 36 voxels belong to two of them, which are the same region."
+
+
+@pytest.mark.parametrize(("num_shared", "is_kept"), [(0, True), (5, True), (6, False), (94, False), (95, True)])
+def test_borders_and_regions_inside_are_told_apart_by_twentieths(num_shared: int, *, is_kept: bool) -> None:
+    large, small = np.zeros((10, 10, 10), bool), np.zeros((10, 10, 10), bool)
+    large[:5] = True
+    small.reshape(-1)[500 - num_shared : 600 - num_shared] = True
+    labels = Labels(large.shape, "seg.dcm")
+    labels.add("liver", large)
+    if not is_kept:
+        with pytest.raises(ReadError, match=f"{num_shared} voxels belong to two of them"):
+            labels.add("spleen", small)
+        return
+    labels.add("spleen", small)
+    label_map, names, covered = labels.painted()
+    assert (names, covered) == ({1: "liver", 2: "spleen"}, [])
+    np.testing.assert_array_equal(label_map, np.where(small, 2, large))
+
+
+def test_a_region_that_inner_ones_cover_whole_is_said_to_be_missing(tmp_path: Path) -> None:
+    slices, affine = _series(tmp_path)
+    masks = np.stack([INNER, INNER * _block(slice(0, 2), ALL, ALL), INNER * _block(slice(2, 5), ALL, ALL)], axis=-1)
+    save_seg(tmp_path / "seg.dcm", slices, masks, ["prostate", "transition zone", "peripheral zone"])
+    [record], [error] = read_path(tmp_path)
+    assert record.label_names == {2: "transition zone", 3: "peripheral zone"}
+    np.testing.assert_array_equal(record.label_map, _as_read(2 * masks[..., 1] + 3 * masks[..., 2], affine))
+    assert error.reason.startswith("Inner segments leave no voxel of prostate")
+
+
+def test_segments_of_one_name_have_values_and_names_of_their_own(tmp_path: Path) -> None:
+    slices, affine = _series(tmp_path)
+    labels = np.random.default_rng(3).integers(0, 5, size=SHAPE).astype(np.uint8)
+    masks = np.stack([labels == value for value in (1, 2, 3, 4)], axis=-1).astype(np.uint8)
+    save_seg(tmp_path / "a.dcm", slices, masks[..., :3], ["Lesion 1", "liver", "tumour of Jane Doe"])
+    save_seg(tmp_path / "b.dcm", slices, masks[..., 3:], ["lesion"])
+    [record], errors = read_path(tmp_path)
+    assert errors == []
+    assert record.label_names == {1: "lesion", 2: "liver", 3: "lesion 2", 4: "lesion 3"}
+    np.testing.assert_array_equal(record.label_map, _as_read(labels, affine))
+    assert {structure_of(name) for name in record.label_names.values()} == {"lesion", "liver"}
+
+
+def test_region_of_a_structure_set_inside_another_is_painted_over_it(tmp_path: Path) -> None:
+    slices, affine = _series(tmp_path)
+    inner = np.array([[2.5, 3.5], [3.5, 3.5], [3.5, 4.5], [2.5, 4.5]])
+    regions = {"lesion": [_on_slice(1, inner)], "prostate": [_on_slice(z) for z in (1, 2)]}
+    save_rtstruct(tmp_path / "rt.dcm", slices, affine, regions)
+    [record], errors = read_path(tmp_path)
+    assert errors == []
+    expected = 2 * _rectangle(1, 2)
+    expected[1, 4, 3] = 1
+    np.testing.assert_array_equal(record.label_map, _as_read(expected, affine))
+    assert record.label_names == {1: "lesion", 2: "prostate"}
+
+
+def test_overlapping_regions_of_a_structure_set_are_refused(tmp_path: Path) -> None:
+    slices, affine = _series(tmp_path)
+    regions = {"bladder": [_on_slice(1), _on_slice(2)], "prostate": [_on_slice(2), _on_slice(3)]}
+    save_rtstruct(tmp_path / "rt.dcm", slices, affine, regions)
+    [record], [error] = read_path(tmp_path)
+    assert record.label_map is None
+    assert error.reason == "Segments overlap: 9 voxels belong to two of them, and neither lies inside the other."
 
 
 def test_segmentation_of_another_grid_is_refused(tmp_path: Path) -> None:

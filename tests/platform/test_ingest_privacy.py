@@ -14,8 +14,11 @@ import nibabel as nib
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from highdicom import sr
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
+from pydicom.sr.codedict import codes
+from pydicom.sr.coding import Code
 
 from omnimri.platform.data.deid import REMOVED, header_identifiers, scrub
 from omnimri.platform.data.formats.readers import read_path
@@ -32,6 +35,7 @@ from tests.platform.intake_fakes import (
     save_ismrmrd,
     save_nifti,
 )  # fmt: skip
+from tests.platform.report_fakes import CUBIC_MM, VOLUME, make_report, measured, of_images
 
 SECRETS = (
     "Zwirnlein", "Quastenflosser", "QZ-4711-88", "1931-07-23", "19310723", "23.07.1931", "Oberhinterwald",
@@ -59,12 +63,31 @@ def planted_series(image: np.ndarray, seed: int) -> list[Dataset]:
     return slices
 
 
+def plant_report(path: Path, slices: list[Dataset]) -> None:
+    """A measurement report with identifiers in its header, observer, tracking identifier, codes and comments."""
+    code, tracking = Code(NUMBER, f"99{NAME}"[:16], f"{NAME} {BIRTH}"), sr.TrackingIdentifier(UID, NAME)
+    numbers = [measured(VOLUME, 41.0, CUBIC_MM), measured(code, 1.0, CUBIC_MM), measured(VOLUME, 1.0, code)]
+    evaluations = [sr.QualitativeEvaluation(codes.SCT.Hemorrhage, codes.SCT.Present)]
+    said = {"tracking_identifier": tracking, "finding_type": code, "finding_sites": [sr.FindingSite(code)]}
+    group = of_images(**said, measurements=numbers, qualitative_evaluations=evaluations)
+    report = make_report(slices, [group])
+    for item in report.ContentSequence:
+        if item.ValueType == "PNAME":
+            item.PersonName = f"{NAME}^{OTHER}"
+    report.PatientComments, report.SeriesDescription = f"{NAME} {PLACE}", f"{OTHER} {ACCESSION}"
+    report.save_as(path)
+
+
 @pytest.fixture
 def planted(tmp_path: Path) -> Path:
     """Files of every kind, good and broken, in folders and a zip that are called by the patient's name."""
     root = tmp_path / "in" / NAME
     image = rescalable(random_image(1, (5, 32, 24)))
-    save_dicom(planted_series(image, seed=1), root / f"{NUMBER}_{BIRTH}")
+    slices = planted_series(image, seed=1)
+    for dataset in slices:
+        dataset.PatientSex, dataset.StudyTime, dataset.StudyID = "F", "120000", "1"
+    save_dicom(slices, root / f"{NUMBER}_{BIRTH}")
+    plant_report(root / "report.dcm", slices)
     annotation = {"patient": {"participant_id": NAME}, "series": {f"{NUMBER}_{BIRTH}": {"report": REPORT}}}
     (root / "annotations.json").write_text(json.dumps(annotation))
     other = rescalable(random_image(7, (5, 32, 24)))
@@ -113,13 +136,15 @@ def test_no_identifier_leaves_the_files(planted: Path, tmp_path: Path) -> None:
     ]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert "2 volumes ingested; 5 rejected" in done.stdout
+    assert "2 volumes ingested; 6 rejected" in done.stdout
     logs = everything_written(ray_folder / "session_latest" / "logs")
     seen = {"stdout": done.stdout, "stderr": done.stderr, "corpus": everything_written(out), "logs of Ray": logs}
     # The command line itself names the folder of the patient, and Ray keeps it.
     seen = {place: text.replace(f"{planted}/{NAME}", "") for place, text in seen.items()}
     assert [(place, s) for place, text in seen.items() for s in SECRETS if s.lower() in text.lower()] == []
     assert "An old infarct on the left." in seen["corpus"]
+    assert '"measurements": [{"name": "volume", "value": 41.0, "unit": "mm3", "finding": null' in seen["corpus"]
+    assert '"classes": ["hemorrhage"]' in seen["corpus"]
     ledger = out.with_name("shards.rejects.jsonl")
     assert ledger.stat().st_mode & 0o077 == 0
     assert NUMBER in ledger.read_text()

@@ -139,7 +139,7 @@ def test_ingest_keeps_official_splits_and_holds_a_person_out_of_every_set(tmp_pa
     own = sorted(row["split"] for row in rows if row["dataset"] == "unnamed")
     assert own == ["test", "train", "train", "train", "val"]
     counts = {value: counts["volumes"] for value, counts in summary.tables["split by"].items()}
-    assert counts == {"drawn": 5, "official split of the set": 3, "moved: the person is held out elsewhere": 1}
+    assert counts == {"drawn": 5, "official split of the set": 3, "moved: the person is in another split": 1}
 
 
 def test_without_asking_for_it_patients_are_drawn(tmp_path: Path, ray_cluster: None) -> None:

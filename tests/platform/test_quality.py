@@ -69,6 +69,9 @@ def test_joint_variation_of_known_tissues() -> None:
     names = {1: "white matter", 2: "grey matter"}
     assert image_quality(image, labels, names)["cjv"] == pytest.approx(16 / 40, rel=0.02)
     assert image_quality(image, labels, {1: "white matter"})["cjv"] is None
+    halves = np.where((labels == 1) & (np.arange(image.shape[-1]) % 2 == 0), 9, labels)
+    cut = image_quality(image, halves, {**names, 9: f"{names[1]} 2"})["cjv"]
+    assert cut == image_quality(image, labels, names)["cjv"]
 
 
 def test_tissues_are_expected_apart_only_where_t1_weighting_does_it() -> None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from omnimri.models.scan import Scan
@@ -16,7 +17,7 @@ from omnimri.platform.data.intake.annotations import Annotation
 from omnimri.platform.data.intake.config import IngestConfig
 from omnimri.platform.data.intake.writer import PlannedItem, write_shard
 from omnimri.platform.data.schema import SCHEMA, SCHEMA_VERSION
-from omnimri.platform.data.shards import Shards, load_row, row_to_scan
+from omnimri.platform.data.shards import Shards, content_digest, load_row, row_to_scan
 from tests.platform.intake_fakes import coil_kspace, random_image, save_fastmri, save_nifti
 from tests.platform.shards_fakes import write_shards
 
@@ -103,8 +104,30 @@ def test_what_is_no_corpus_or_of_another_schema_is_refused(tmp_path: Path) -> No
     with pytest.raises(ValueError, match=r"holds no manifest\.json"):
         Shards.open(tmp_path)
     (tmp_path / "manifest.json").write_text('{"schema_version": 0, "rows": []}')
-    with pytest.raises(ValueError, match=f"row schema 0, this program reads {SCHEMA_VERSION}"):
+    with pytest.raises(ValueError, match=f"row schema 0, this program reads 2 and {SCHEMA_VERSION}"):
         Shards.open(tmp_path)
+
+
+def test_corpus_of_schema_version_2_is_read_without_its_missing_column(tmp_path: Path) -> None:
+    folder = _corpus(tmp_path / "a", range(2))
+    shard, manifest = folder / "shards" / "shard-00000.parquet", folder / "manifest.json"
+    today = Shards.open(folder)
+    table = pq.read_table(shard).drop_columns("measurements")
+    pq.write_table(table, shard, row_group_size=1)
+    document = json.loads(manifest.read_text()) | {"schema_version": 2}
+    for entry in document["rows"]:
+        del entry["has_measurements"]
+    manifest.write_text(json.dumps(document))
+    shards = Shards.open(folder)
+    assert [row.has_measurements for row in shards.rows] == [False] * 3
+    row = load_row(shards.rows[1])
+    assert list(row) == SCHEMA.names
+    assert row["measurements"] is None
+    assert load_row(shards.rows[1], ["measurements"]) == {"measurements": None}
+    np.testing.assert_array_equal(row["image"], read_path(folder / "in" / "1.nii")[0][0].scan.image)
+    # The name of the data stays what it was when version 2 was written.
+    assert shards.digest == content_digest(((row.digest, row.split) for row in shards.rows), 2)
+    assert shards.digest != today.digest
 
 
 def test_rows_hold_every_column_of_the_schema(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from omnimri.models.preprocess import Preprocess
 from omnimri.models.vocabulary import LESION, TISSUES
 from omnimri.platform.data.shards import Shards, load_row
 from omnimri.platform.data.views import ViewOptions, segmentation_sample, structure_mask
+from omnimri.platform.evaluation.image_cases import reference_masks
 from tests.platform.shards_fakes import write_shards
 
 NATIVE = InputConfig(volume_shape=(8, 32, 32), volume_spacing_mm=(12.0, 4.0, 4.0), slice_spacing_mm=4.0)
@@ -49,3 +50,22 @@ def test_tissues_that_a_data_set_does_not_label_are_not_asked_for(rows: list[dic
     lesions_only = {**rows[0], "label_names": {1: "infarct"}}
     sample = segmentation_sample(lesions_only, np.random.default_rng(0), options(2, structures=2))
     assert all(LESION in text for text in sample["instruction"])
+
+
+def test_numbered_labels_belong_to_their_structure() -> None:
+    labels = np.arange(5, dtype=np.uint8).reshape(1, 1, 5)
+    names = {1: "white matter", 2: "white matter 2", 3: "lesion", 4: "lesion 2"}
+    assert structure_mask(labels, names, "white matter").ravel().tolist() == [False, True, True, False, False]
+    assert structure_mask(labels, names, LESION).ravel().tolist() == [False, False, False, True, True]
+    masks = reference_masks({"label_map": labels, "label_names": names, "boxes": None})
+    assert {name: mask.ravel().tolist() for name, mask in masks.items()} == {
+        "white matter": [False, True, True, False, False],
+        LESION: [False, False, False, True, True],
+    }
+
+
+def test_boxes_without_outline_are_no_reference_for_segmentation() -> None:
+    labels = np.ones((1, 2, 2), dtype=np.uint8)
+    row = {"label_map": labels, "label_names": {1: "white matter"}}
+    assert set(reference_masks({**row, "boxes": [{"label": "lesion"}]})) == {"white matter"}
+    assert not reference_masks({**row, "boxes": []})[LESION].any()

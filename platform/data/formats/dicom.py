@@ -1,9 +1,9 @@
 """DICOM: finding the instances of a series and reading its volumes of magnitude images.
 
 Mosaics are unpacked first (`dicom_mosaic`). Labels come from overlays (`dicom_overlays`) and from segmentations and
-structure sets that refer to the series (`dicom_labels`). Geometry comes from highdicom. A series is sorted by position
-along the slice normal, never by Instance Number; the rescale is applied slice by slice; several images at one position
-become several volumes.
+structure sets that refer to the series (`dicom_labels`), measurements from structured reports (`dicom_reports`).
+Geometry comes from highdicom. A series is sorted by position along the slice normal, never by Instance Number; the
+rescale is applied slice by slice; several images at one position become several volumes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian
 
 from omnimri.models.scan import Scan
 from omnimri.platform.data.deid import header_identifiers
-from omnimri.platform.data.formats import dicom_labels, dicom_mosaic
+from omnimri.platform.data.formats import dicom_labels, dicom_mosaic, dicom_reports
 from omnimri.platform.data.formats.dicom_overlays import overlay_labels
 from omnimri.platform.data.formats.dicom_refusals import (
     ENHANCED_MR_IMAGE,
@@ -56,7 +56,7 @@ _LOCALISER_COSINE = 0.7
 PROBE_TAGS = [
     "SOPClassUID", "SOPInstanceUID", "Modality", "ImageType", "SeriesDescription", "BurnedInAnnotation", "Rows",
     "PatientID", "StudyInstanceUID", "SeriesInstanceUID", "PhotometricInterpretation", "NumberOfFrames", "Columns",
-    "SamplesPerPixel", "BitsAllocated", *dicom_labels.REFERENCE_TAGS,
+    "SamplesPerPixel", "BitsAllocated", *dicom_labels.REFERENCE_TAGS, *dicom_reports.REFERENCE_TAGS,
 ]  # fmt: skip
 
 _SPLIT_KEYS: tuple[Callable[[Dataset], Any], ...] = (
@@ -79,7 +79,8 @@ def probe(stream: BinaryIO, source: str, num_bytes: int) -> Dataset:
     """Read the few header values that decide what an instance is; pixels stay on disk.
 
     Raises:
-        ReadError: If this is no DICOM, or neither a magnitude image of MR nor labels on one, with the reason.
+        ReadError: If this is no DICOM, or neither a magnitude image of MR nor labels or measurements on one, with the
+            reason.
     """
     if _DEFLATED in stream.read(1024):
         raise ReadError(source, "The DICOM object is deflated as a whole, which bounds nothing.", "Inflate it first.")
@@ -93,7 +94,8 @@ def probe(stream: BinaryIO, source: str, num_bytes: int) -> Dataset:
         raise ReadError(source, "Not a readable DICOM file.", "Export it again.") from error
     if not is_dicom:
         raise ReadError(source, "Not a DICOM image: no SOP class or series in its header.", "Export it again.")
-    reason = None if dicom_labels.is_label_object(header) else refusal(header)
+    speaks_of_images = dicom_labels.is_label_object(header) or dicom_reports.is_report(header)
+    reason = None if speaks_of_images else refusal(header)
     if reason:
         raise ReadError(source, *reason)
     if not _is_compressed(header) and num_pixel_bytes < _pixel_bytes(header):
@@ -121,15 +123,20 @@ def keys(header: Dataset) -> tuple[str, str, str]:
 
 
 def read_series(
-    paths: Sequence[Path], source: str, limits: ReadLimits, label_paths: Mapping[str, Path] | None = None
+    paths: Sequence[Path],
+    source: str,
+    limits: ReadLimits,
+    label_paths: Mapping[str, Path] | None = None,
+    report_paths: Mapping[str, Path] | None = None,
 ) -> tuple[list[SeriesRecord], list[ReadError]]:
-    """Read the instances of one series, given in any order, and the labels on it.
+    """Read the instances of one series, given in any order, and what is said of it.
 
     Args:
         paths: Files of one Series Instance UID.
         source: Name of the series in records and errors.
         limits: Bounds on sizes.
         label_paths: Segmentations and structure sets that refer to the series, by their names in errors.
+        report_paths: Measurement reports that refer to the series, by their names in errors.
 
     Returns:
         One record per volume, ordered by stack and then by what tells the volumes apart, and what was refused.
@@ -137,6 +144,9 @@ def read_series(
     records, errors, frame_of_reference = _read_volumes(paths, source, limits)
     if label_paths:
         records, refused = dicom_labels.attach(records, label_paths, frame_of_reference, limits)
+        errors += refused
+    if report_paths:
+        records, refused = dicom_reports.attach(records, paths, report_paths, label_paths or {}, limits)
         errors += refused
     return records, errors
 
@@ -207,7 +217,8 @@ def _with_overlays(record: SeriesRecord, volume: list[Dataset]) -> tuple[SeriesR
         return record, [ReadError(record.source, reason, "The volume was kept.")]
     if labels is None:
         return record, []
-    return dataclasses.replace(record, label_map=labels.label_map, label_names=labels.names), []
+    label_map, names, covered = labels.painted()
+    return dataclasses.replace(record, label_map=label_map, label_names=names), covered
 
 
 def _check_size(dataset: Dataset, source: str, limits: ReadLimits) -> None:
@@ -316,6 +327,7 @@ def _record(volume: list[Dataset], source: str, index: int, num_volumes: int) ->
         scan=Scan(image=image, affine=affine, facts=dicom_facts(header, affine)),
         source=source, source_format="dicom", patient_key=patient, study_key=study, series_key=series,
         volume=index, num_volumes=num_volumes, identifiers=header_identifiers(volume[0]),
+        instances=tuple(str(dataset.get("SOPInstanceUID") or "") for dataset in volume),
     )  # fmt: skip
 
 

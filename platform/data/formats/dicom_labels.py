@@ -2,7 +2,7 @@
 
 Both come as files of their own. `references` finds the series they belong to while planning; `attach` puts their
 segments on the grid of its volumes. Nothing is resampled: a segmentation on another grid is refused, and the volume
-kept.
+kept. Regions that lie inside others are kept, true overlaps are refused (`label_maps.Labels` states the rule).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import highdicom
 import numpy as np
@@ -44,7 +45,7 @@ REFERENCE_TAGS = ["ReferencedSeriesSequence", "ReferencedFrameOfReferenceSequenc
 """Header elements that `references` looks at."""
 
 _SPACING_TOLERANCE = 0.05
-_FULL = 0.5
+FULL = 0.5
 """Fraction from which a voxel of a fractional segmentation belongs to its segment."""
 _PLANE_TOLERANCE = 0.25
 """Slices by which the points of a contour may lie beside the slice they are drawn on."""
@@ -56,7 +57,12 @@ _NOT_ANATOMY = frozenset({"EXTERNAL", "BOLUS", "SUPPORT", "FIXATION", "ISOCENTER
 
 def is_label_object(header: Dataset) -> bool:
     """Whether an instance is a segmentation or a structure set."""
-    return header.SOPClassUID in _KINDS
+    return is_label_class(header.SOPClassUID)
+
+
+def is_label_class(sop_class: str) -> bool:
+    """The same by SOP Class UID."""
+    return sop_class in _KINDS
 
 
 def references(header: Dataset) -> tuple[str, ...]:
@@ -84,8 +90,8 @@ def attach(
     """Give the volumes of a series the labels of its label objects.
 
     Segmentations come before structure sets, and both before what the volume brought (overlays). Several of one kind
-    are put together as long as they do not overlap. An object has to fit one of the volumes; echoes and time points
-    on the same grid all get its labels.
+    are put together as long as one label map can hold them (`Labels`). An object has to fit one of the volumes; echoes
+    and time points on the same grid all get its labels.
 
     Args:
         records: Volumes of one series.
@@ -104,16 +110,16 @@ def attach(
         except ReadError as error:
             errors.append(error)
     objects.sort(key=lambda o: (o.kind != _KINDS[SegmentationStorage], o.source))
-    by_grid: dict[tuple[bytes, tuple[int, ...]], tuple[Labels | None, dict[str, ReadError]]] = {}
+    by_grid: dict[tuple[bytes, tuple[int, ...]], tuple[dict[str, Any], dict[str, ReadError]]] = {}
     labelled = []
     for record in records:
         grid = (record.scan.affine.round(4).tobytes(), record.scan.image.shape)
         if grid not in by_grid:
-            by_grid[grid] = _labels(record.scan, objects, limits)
-        labels = by_grid[grid][0]
-        if labels is not None:
-            record = dataclasses.replace(record, label_map=labels.label_map, label_names=labels.names)
-        labelled.append(record)
+            labels, failed = _labels(record.scan, objects, limits)
+            label_map, names, covered = labels.painted() if labels else (None, {}, [])
+            by_grid[grid] = ({"label_map": label_map, "label_names": names} if labels else {}), failed
+            errors += covered
+        labelled.append(dataclasses.replace(record, **by_grid[grid][0]))
     refused = [failed for _, failed in by_grid.values()]
     nowhere = [o.source for o in objects if all(o.source in failed for failed in refused)]
     return labelled, errors + [refused[0][source] for source in nowhere]
@@ -166,27 +172,43 @@ def _with_segments(labels: Labels | None, label_object: _LabelObject, scan: Scan
     with quiet_libraries():
         for name, mask in regions:
             grown.add(name, mask)
-    if not grown.names:
+    if not len(grown):
         raise ReadError(source, f"The {label_object.kind} holds no region.", _KEPT)
     return grown
 
 
 def _segments(dataset: Dataset, scan: Scan, source: str, limits: ReadLimits) -> Iterator[tuple[str, np.ndarray]]:
-    """Names and masks `(Z, Y, X)` of the segments of a SEG; empty slices need not be stored in it."""
+    """Names and masks `(Z, Y, X)` of the segments of a SEG."""
+    segmentation = load_segmentation(dataset, source, limits)
+    for number in segmentation.segment_numbers:
+        # One at a time, so that a segmentation of a hundred organs takes the memory of one.
+        name = segment_name(segmentation.get_segment_description(number), otherwise=f"structure {number}")
+        yield name, segment_mask(segmentation, number, scan, source)
+
+
+def load_segmentation(dataset: Dataset, source: str, limits: ReadLimits) -> highdicom.seg.Segmentation:
+    """A SEG whose segments may be asked for.
+
+    Raises:
+        ReadError: If its frames form no volume, or one that is too large.
+    """
     segmentation = highdicom.seg.Segmentation.from_dataset(dataset, copy=False)
     geometry = segmentation.get_volume_geometry(rtol=_SPACING_TOLERANCE)
     if geometry is None:
         raise ReadError(source, "The frames of the DICOM segmentation are not evenly spaced.", _KEPT)
     check_array_bytes(4 * int(np.prod(geometry.spatial_shape)), source, limits)
-    for number in segmentation.segment_numbers:
-        # One at a time, so that a segmentation of a hundred organs takes the memory of one.
-        volume = segmentation.get_volume(segment_numbers=[number], rtol=_SPACING_TOLERANCE)
-        affine = LPS_TO_RAS @ volume.affine[:, [2, 1, 0, 3]]
-        description = segmentation.get_segment_description(number)
-        yield (
-            segment_name(description, otherwise=f"structure {number}"),
-            on_grid(volume.array[..., 0] >= _FULL, affine, scan, source),
-        )
+    return segmentation
+
+
+def segment_mask(segmentation: highdicom.seg.Segmentation, number: int, scan: Scan, source: str) -> np.ndarray:
+    """Mask of one segment on the grid of a scan, bool `(Z, Y, X)`; empty slices need not be stored in the SEG.
+
+    Raises:
+        ReadError: If the grids do not fall together.
+    """
+    volume = segmentation.get_volume(segment_numbers=[number], rtol=_SPACING_TOLERANCE)
+    affine = LPS_TO_RAS @ volume.affine[:, [2, 1, 0, 3]]
+    return on_grid(volume.array[..., 0] >= FULL, affine, scan, source)
 
 
 def _contoured_regions(dataset: Dataset, scan: Scan, source: str) -> Iterator[tuple[str, np.ndarray]]:

@@ -12,8 +12,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from omnimri.platform.data.formats import dicom, dicom_labels, kspace, kspace_layouts, nifti, volumes
-from omnimri.platform.data.formats.records import UNREADABLE, ReadError, ReadLimits, SeriesRecord
+from pydicom.dataset import Dataset
+
+from omnimri.platform.data.formats import dicom, dicom_labels, dicom_reports, kspace, kspace_layouts, nifti, volumes
+from omnimri.platform.data.formats.records import UNREADABLE, ReadError, ReadLimits, SeriesRecord, quiet_libraries
 from omnimri.platform.data.formats.sources import Archive, Folder, Source, open_container, open_sources
 
 ANNOTATIONS_NAME = "annotations.json"
@@ -37,6 +39,12 @@ _CONVERTIBLE = {
     ".mnc": "MINC", ".hdr": "Analyze or NIfTI pair", ".img": "Analyze or NIfTI pair", ".brik": "AFNI", ".head": "AFNI",
     ".dat": "vendor raw data", ".mrd": "streamed MRD", ".7": "vendor raw data",
 }  # fmt: skip
+_ATTACHED_KINDS = {
+    "dicom label": "A segmentation or structure set",
+    "dicom report": "A measurement report",
+}  # fmt: skip
+"""Kinds of DICOM objects that speak of a series, and how the ledger calls them."""
+
 _LABEL_ENDINGS = ("_dseg", "_mask", "_probseg")
 """BIDS suffixes of NIfTI files that hold labels, not images."""
 
@@ -48,12 +56,13 @@ class Probe:
     name: str
     """Relative to its container."""
     kind: str
-    """Of VOLUME_KINDS, or `dicom label`, `label`, `auxiliary` or `rejected`."""
+    """Of VOLUME_KINDS, or `dicom label`, `dicom report`, `label`, `auxiliary` or `rejected`."""
     num_bytes: int = 0
     series: str = ""
-    """Files of one kind with the same series belong together. A label object is a series of its own."""
+    """Files of one kind with the same series belong together. A label object or report is a series of its own."""
     references: tuple[str, ...] = ()
-    """Series that a label object (DICOM segmentation, RT structure set) belongs to."""
+    """Series that a label object (DICOM segmentation, RT structure set) or a measurement report belongs to; a report
+    may also name label objects by their instance."""
     instance: str = ""
     patient: str = ""
     study: str = ""
@@ -83,6 +92,8 @@ class WorkItem:
     """JSON beside a NIfTI file, or the voxels of a detached header."""
     labels: tuple[str, ...] = ()
     """DICOM segmentations and RT structure sets that refer to the series, relative to the container."""
+    reports: tuple[str, ...] = ()
+    """DICOM measurement reports that refer to the series or to its labels, relative to the container."""
     prefix: str = ""
     """What the ledger puts before names of the container."""
     member: str = ""
@@ -177,20 +188,8 @@ def _identify(container: Folder | Archive, name: str, num_bytes: int) -> Probe:
         )
     is_auxiliary = suffix in _AUXILIARY_SUFFIXES or path.name.upper() in _AUXILIARY_NAMES
     if (head[128:] == b"DICM" or suffix in _DICOM_SUFFIXES) and not is_auxiliary:
-        with container.open(name) as stream:
-            header = dicom.probe(stream, name, num_bytes)
-        patient, study, series = dicom.keys(header)
-        instance = str(header.get("SOPInstanceUID") or name)
-        if dicom_labels.is_label_object(header):
-            references = dicom_labels.references(header)
-            return Probe(
-                name=name, kind="dicom label", num_bytes=num_bytes,
-                series=instance, instance=instance, references=references,
-            )  # fmt: skip
-        return Probe(
-            name=name, kind="dicom", num_bytes=num_bytes,
-            patient=patient, study=study, series=series, instance=instance,
-        )  # fmt: skip
+        with container.open(name) as stream, quiet_libraries():
+            return _dicom_probe(dicom.probe(stream, name, num_bytes), name, num_bytes)
     if is_auxiliary:
         return Probe(name=name, kind="auxiliary", num_bytes=num_bytes)
     if suffix == ".zip":
@@ -198,6 +197,25 @@ def _identify(container: Folder | Archive, name: str, num_bytes: int) -> Probe:
     if suffix in _CONVERTIBLE:
         raise ReadError(name, f"{_CONVERTIBLE[suffix]} is not read.", "Convert it to NIfTI or ISMRMRD HDF5.")
     raise ReadError(name, f"Unknown file type {suffix or 'without extension'}.", f"Read are {_FORMATS}.")
+
+
+def _dicom_probe(header: Dataset, name: str, num_bytes: int) -> Probe:
+    """The probe of an instance: an image, labels, or a report."""
+    instance = str(header.get("SOPInstanceUID") or name)
+    if dicom_labels.is_label_object(header):
+        return Probe(
+            name=name, kind="dicom label", num_bytes=num_bytes, series=instance, instance=instance,
+            references=dicom_labels.references(header),
+        )  # fmt: skip
+    if dicom_reports.is_report(header):
+        return Probe(
+            name=name, kind="dicom report", num_bytes=num_bytes, series=instance, instance=instance,
+            references=dicom_reports.references(header),
+        )  # fmt: skip
+    patient, study, series = dicom.keys(header)
+    return Probe(
+        name=name, kind="dicom", num_bytes=num_bytes, patient=patient, study=study, series=series, instance=instance
+    )
 
 
 def _volume_probe(container: Folder | Archive, name: str, kind: str, num_bytes: int) -> Probe:
@@ -237,7 +255,7 @@ def group(
         path = PurePosixPath(probe.name)
         # Instances of one folder that are refused for one reason share a line; every other file has a line of its own.
         folder = path.parent.as_posix() if path.suffix.lower() in _DICOM_SUFFIXES else probe.name
-        if probe.kind in (*VOLUME_KINDS, "dicom label") and probe.name not in label_maps:
+        if probe.kind in (*VOLUME_KINDS, *_ATTACHED_KINDS) and probe.name not in label_maps:
             members = series[(probe.kind, probe.series)]
             first = members.setdefault(probe.instance or probe.name, probe)
             if first is not probe:
@@ -245,23 +263,32 @@ def group(
                 refused[(folder, "A copy of an instance that is there already.", hint)].append(probe.name)
         elif probe.name not in companions and (refusal := _refusal(probe, source.named_alone)):
             refused[(folder, *refusal)].append(probe.name)
-    label_objects = [next(iter(m.values())) for (kind, _), m in series.items() if kind == "dicom label"]
+    attached = _resolved([next(iter(m.values())) for (kind, _), m in series.items() if kind in _ATTACHED_KINDS])
     known = {uid for kind, uid in series if kind == "dicom"}
-    for probe in label_objects:
+    for probe in attached:
         if not known & set(probe.references):
             folder = PurePosixPath(probe.name).parent.as_posix()
-            reason = "A segmentation or structure set whose series is not among the MR series of this source."
+            reason = f"{_ATTACHED_KINDS[probe.kind]} whose series is not among the MR series of this source."
             refused[(folder, reason, "Put both into one folder or zip.")].append(probe.name)
     items = [
-        _work_item(kind, list(members.values()), [p for p in label_objects if uid in p.references], source)
+        _work_item(kind, list(members.values()), [p for p in attached if uid in p.references], source)
         for (kind, uid), members in series.items()
-        if kind != "dicom label"
+        if kind not in _ATTACHED_KINDS
     ]
     errors = [
         ReadError(f"{source.prefix}{files[0]}" + (f" and {len(files) - 1} more" if files[1:] else ""), reason, hint)
         for (_, reason, hint), files in refused.items()
     ]
     return sorted(items, key=lambda i: (i.source, i.series)), sorted(errors, key=lambda e: (e.source, e.reason))
+
+
+def _resolved(attached: list[Probe]) -> list[Probe]:
+    """The same probes; what refers to a label object refers to its series too."""
+    labels = {probe.instance: probe.references for probe in attached if probe.kind == "dicom label"}
+    return [
+        replace(probe, references=probe.references + tuple(uid for r in probe.references for uid in labels.get(r, ())))
+        for probe in attached
+    ]
 
 
 def _refusal(probe: Probe, named_alone: bool) -> tuple[str, str] | None:
@@ -275,7 +302,7 @@ def _refusal(probe: Probe, named_alone: bool) -> tuple[str, str] | None:
     return None
 
 
-def _work_item(kind: str, members: list[Probe], labels: list[Probe], source: Source) -> WorkItem:
+def _work_item(kind: str, members: list[Probe], attached: list[Probe], source: Source) -> WorkItem:
     files = tuple(member.name for member in members)
     folders = {PurePosixPath(name).parent.as_posix() for name in files}
     # A series that fills a folder is called by the folder.
@@ -286,9 +313,10 @@ def _work_item(kind: str, members: list[Probe], labels: list[Probe], source: Sou
         container=str(source.container.path.absolute()),
         names=files,
         source=source.prefix + name + (f"#{members[0].member}" if members[0].member else ""),
-        num_bytes=sum(probe.num_bytes for probe in (*members, *labels)),
+        num_bytes=sum(probe.num_bytes for probe in (*members, *attached)),
         sidecar=sidecar if kind == "nifti" and source.container.holds(sidecar) else members[0].companion,
-        labels=tuple(probe.name for probe in labels),
+        labels=tuple(probe.name for probe in attached if probe.kind == "dicom label"),
+        reports=tuple(probe.name for probe in attached if probe.kind == "dicom report"),
         prefix=source.prefix,
         member=members[0].member,
         samples=members[0].samples,
@@ -302,7 +330,7 @@ def read_item(item: WorkItem, limits: ReadLimits) -> tuple[list[SeriesRecord], l
     """Read the volumes of one series; what a file holds never raises, it is returned as an error."""
     try:
         container = open_container(Path(item.container), limits)
-        with container.local(filter(None, (*item.names, item.sidecar, *item.labels))) as paths:
+        with container.local(filter(None, (*item.names, item.sidecar, *item.labels, *item.reports))) as paths:
             return _read_local(item, paths, limits)
     except ReadError as error:
         return [], [error]
@@ -315,8 +343,8 @@ def _read_local(
 ) -> tuple[list[SeriesRecord], list[ReadError]]:
     first = paths[item.names[0]]
     if item.kind == "dicom":
-        labels = {item.prefix + name: paths[name] for name in item.labels}
-        return dicom.read_series([paths[name] for name in item.names], item.source, limits, labels)
+        labels, reports = ({item.prefix + name: paths[name] for name in names} for names in (item.labels, item.reports))
+        return dicom.read_series([paths[name] for name in item.names], item.source, limits, labels, reports)
     if item.kind == "nifti":
         return nifti.read_nifti(first, item.source, limits, paths.get(item.sidecar))
     if item.kind in kspace_layouts.LAYOUTS:

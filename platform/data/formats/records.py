@@ -11,6 +11,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from pydicom.errors import BytesLengthException, InvalidDicomError
@@ -80,6 +81,14 @@ class SeriesRecord:
     """Labels that came with the series (overlays, DICOM segmentations), uint8 `(Z, Y, X)`; None: not annotated."""
     label_names: dict[int, str] = field(default_factory=dict)
     """Label value to plain name."""
+    instances: tuple[str, ...] = ()
+    """SOP Instance UIDs of the images of a DICOM volume; raw, for reports that name them."""
+    measurements: list[dict[str, Any]] | None = None
+    """Measurements of a report, as `schema.MEASUREMENT` has them; None: not reported on."""
+    boxes: list[dict[str, Any]] | None = None
+    """Findings of a report that it localises, as `schema.BOX` has them; None: it localises none."""
+    classes: list[str] | None = None
+    """Findings that a report states to be present; None: it states none."""
 
 
 def check_array_bytes(num_bytes: int, source: str, limits: ReadLimits) -> None:

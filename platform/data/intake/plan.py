@@ -115,11 +115,11 @@ def official_splits(persons: Sequence[tuple[str, str]], stated: Sequence[str | N
     return found
 
 
-def _split_origin(stated: str | None, official: str | None) -> str:
-    """How a series came to its split, from what its own layout states and what all say of its person."""
-    if official is None:
+def _split_origin(stated: str | None, split: str | None) -> str:
+    """How a series came to its split: what its own layout states, and where its person is if any set states that."""
+    if split is None:
         return "drawn"
-    return "official" if stated in (None, official) else "moved"
+    return "official" if stated in (None, split) else "moved"
 
 
 def _patient(item: WorkItem, annotation: Annotation | None) -> str:

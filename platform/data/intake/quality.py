@@ -19,6 +19,7 @@ from skimage.filters import threshold_triangle
 from skimage.transform import resize_local_mean
 
 from omnimri.models.geometry import to_canonical
+from omnimri.models.vocabulary import structure_of
 from omnimri.platform.data.schema import QUALITY_MEASURES
 
 _DIETRICH = 1 / np.sqrt(2 / (4 - np.pi))
@@ -146,9 +147,11 @@ def _air_and_noise(outside: np.ndarray, signal: float) -> tuple[float, float] | 
 
 def _joint_variation(image: np.ndarray, label_map: np.ndarray, label_names: Mapping[int, str]) -> float | None:
     """CJV (Ganzetti et al., Front. Neuroinform. 2016): `(s_wm + s_gm) / |m_wm - m_gm|`."""
-    values = {name: value for value, name in label_names.items()}
-    tissues = [image[label_map == values[name]] for name in ("white matter", "grey matter") if name in values]
-    if len(tissues) < 2 or min(map(len, tissues)) < 2:
+    tissues = [
+        image[np.isin(label_map, [value for value, label in label_names.items() if structure_of(label) == name])]
+        for name in ("white matter", "grey matter")
+    ]
+    if min(map(len, tissues)) < 2:
         return None
     white, grey = tissues
     return float((white.std() + grey.std()) / max(abs(float(white.mean() - grey.mean())), 1e-12))

@@ -33,7 +33,7 @@ _BREAKDOWNS: dict[str, Callable[[dict[str, Any]], Any]] = {
 
 _ANNOTATIONS = {
     "k-space": "has_kspace", "label map": "has_labels", "boxes": "has_boxes", "diagnosis": "has_classes",
-    "report": "has_report", "description": "has_description",
+    "measurements": "has_measurements", "report": "has_report", "description": "has_description",
 }  # fmt: skip
 
 _UNITS = ("patients", "scans", "volumes", "slices")

@@ -37,6 +37,8 @@ def preprocessing_version(config: IngestConfig) -> str:
 _PSEUDONYMS = ("row_id", "patient_id", "study_id", "series_id")
 _DERIVED = ("quality", "flags", "fingerprint")
 _ARRAYS = ("image", "kspace", "mask", "label_map")
+_NOT_SAID = (*_PSEUDONYMS, "split", "split_origin", *_DERIVED, *_ARRAYS)
+_SAID = [name for name in SCHEMA.names if name not in _NOT_SAID]
 _STATISTICS = [name for name in SCHEMA.names if pa.types.is_primitive(SCHEMA.field(name).type)]
 
 
@@ -177,7 +179,8 @@ def make_row(
         "label_map": pack_array(label_map),
         "label_names": sorted(label_names.items()) if label_map is not None else None,
         "boxes": boxes,
-        "classes": annotation.classes,
+        "classes": record.classes if annotation.classes is None else annotation.classes,
+        "measurements": record.measurements,
         "report": scrub(annotation.report, record.identifiers),
         "description": _json(scrub(annotation.description, record.identifiers)),
         "description_origin": _json(annotation.description_origin),
@@ -189,11 +192,7 @@ def make_row(
         "preprocessing_version": version,
     }
     arrays = {name: _array_digest(row[name]) for name in _ARRAYS}
-    said = {
-        name: row[name]
-        for name in SCHEMA.names
-        if name not in (*_PSEUDONYMS, "split", "split_origin", *_DERIVED, *_ARRAYS)
-    }
+    said = {name: row[name] for name in _SAID}
     digest = _digest_of(arrays, said)
     voxels = _digest_of(arrays["image"], arrays["kspace"], row["affine"])
     return Row(values={"row_id": digest[:16], **row}, digest=digest, voxels=voxels, misfits=errors)
@@ -211,7 +210,7 @@ def _fitted(
 ) -> tuple[np.ndarray | None, dict[int, str], list[dict[str, Any]] | None, list[ReadError]]:
     """Label map with the names of its values, and boxes, as far as they fit the volume.
 
-    A label map that the annotation names wins over what came with the series, which is used where it does not fit.
+    What the annotation names wins over what came with the series, which is used where a label map does not fit.
     """
     source, boxes = record.source, placed_boxes(annotation, record.scan.image.shape)
     label_map, label_names, errors = record.label_map, record.label_names, []
@@ -226,7 +225,7 @@ def _fitted(
     except ValueError as error:
         boxes = None
         errors.append(ReadError(source, str(error), "Correct annotations.json; the volume was kept."))
-    return label_map, label_names, boxes, errors
+    return label_map, label_names, record.boxes if annotation.boxes is None else boxes, errors
 
 
 def _json(value: dict[str, Any] | None) -> str | None:
@@ -266,6 +265,7 @@ def _manifest_entry(row: Row, record: SeriesRecord, plan: PlannedItem, file: str
         "has_labels": values["label_map"] is not None,
         "has_boxes": values["boxes"] is not None,
         "has_classes": values["classes"] is not None,
+        "has_measurements": bool(values["measurements"]),
         "has_report": values["report"] is not None,
         "has_description": values["description"] is not None,
         "source": record.source,
