@@ -429,7 +429,7 @@ def _shard(folder: Path, annotation: Annotation | None = None) -> tuple[dict, di
     [item], errors = group_files(probe_files(source.container, source.sizes), source)
     planned = PlannedItem(
         item=item, dataset="set", licence=None, simulated=False, split="train", patient_id="p", study_id="s",
-        series_id="s", annotation=annotation,
+        series_id="s", person_id="o", item_id="i", annotation=annotation,
     )  # fmt: skip
     path = folder.parent / "shard.parquet"
     report = write_shard([planned], path, IngestConfig())
