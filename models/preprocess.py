@@ -67,7 +67,8 @@ class Preprocess:
             f"intensities clipped to foreground percentiles {low}-{high} and standardised over the foreground",
             f"visual tokens: resampled to {z} x {y} x {x} mm (wider where the volume would not fit)",
             f"segmentation: slices across the thickest axis, resampled in plane to {self.inputs.slice_spacing_mm} mm",
-            "reconstruction: k-space on its own grid, each slice scaled by its zero-filled maximum",
+            f"reconstruction: k-space on its own grid, {self.inputs.sens_maps} coil maps, each slice scaled by its "
+            "zero-filled maximum",
         ]
 
     def standardise(self, image: np.ndarray) -> np.ndarray:

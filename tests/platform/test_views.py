@@ -1,13 +1,17 @@
 """Samples for segmentation: every instruction gets the mask of the structure it names."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 
 from omnimri.models.config import InputConfig
+from omnimri.models.physics import estimate_sens_maps
 from omnimri.models.preprocess import Preprocess
 from omnimri.models.vocabulary import LESION, TISSUES
 from omnimri.platform.data.shards import Shards, load_row
-from omnimri.platform.data.views import ViewOptions, segmentation_sample, structure_mask
+from omnimri.platform.data.views import ViewOptions, reconstruction_sample, segmentation_sample, structure_mask
 from tests.platform.shards_fakes import write_shards
 
 NATIVE = InputConfig(volume_shape=(8, 32, 32), volume_spacing_mm=(12.0, 4.0, 4.0), slice_spacing_mm=4.0)
@@ -49,3 +53,17 @@ def test_tissues_that_a_data_set_does_not_label_are_not_asked_for(rows: list[dic
     lesions_only = {**rows[0], "label_names": {1: "infarct"}}
     sample = segmentation_sample(lesions_only, np.random.default_rng(0), options(2, structures=2))
     assert all(LESION in text for text in sample["instruction"])
+
+
+@pytest.mark.parametrize("method", ["acs", "espirit"])
+def test_reconstruction_is_trained_on_the_coil_maps_of_the_contract(rows: list[dict], method: str) -> None:
+    """Maps do not change with the scale, so those of the finished sample are those it was made with."""
+    row = next(row for row in rows if row["kspace"] is not None)
+    row = {**row, "kspace": np.pad(row["kspace"], ((0, 0), (0, 0), (0, 0), (16, 16)))}  # 5 centre lines of 64
+    preprocess = Preprocess(replace(NATIVE, sens_maps=method))
+    chosen = ViewOptions(preprocess=preprocess, slices_per_sample=2, accelerations=(2,))
+    sample = reconstruction_sample(row, np.random.default_rng(0), chosen)
+    kspace, mask = torch.from_numpy(sample["kspace"]), torch.from_numpy(sample["mask"])
+    expected = estimate_sens_maps(kspace, mask, method=method)
+    np.testing.assert_allclose(sample["sens_maps"], expected, atol=1e-4)
+    assert any(f"{method} coil maps" in step for step in preprocess.steps)
