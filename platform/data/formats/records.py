@@ -80,6 +80,10 @@ class SeriesRecord:
     """Labels that came with the series (overlays, DICOM segmentations), uint8 `(Z, Y, X)`; None: not annotated."""
     label_names: dict[int, str] = field(default_factory=dict)
     """Label value to plain name."""
+    noise_covariance: np.ndarray | None = None
+    """Complex `(C, C)`, of the noise in one sample of its k-space; None where its file has no noise scan."""
+    flags: tuple[str, ...] = ()
+    """What was done to it that a reader of the row should know."""
 
 
 def check_array_bytes(num_bytes: int, source: str, limits: ReadLimits) -> None:

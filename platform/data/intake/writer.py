@@ -19,6 +19,7 @@ from omnimri.models.physics import compress_coils
 from omnimri.models.scan import Scan
 from omnimri.platform.data.deid import scrub, whitelisted
 from omnimri.platform.data.formats.facts import Facts
+from omnimri.platform.data.formats.prewhitening import prewhitened
 from omnimri.platform.data.formats.readers import WorkItem, read_item
 from omnimri.platform.data.formats.records import ReadError, ReadLimits, SeriesRecord
 from omnimri.platform.data.formats.sources import open_container
@@ -27,7 +28,7 @@ from omnimri.platform.data.intake.config import IngestConfig
 from omnimri.platform.data.intake.quality import QualityLimits, fingerprint, image_quality, quality_flags
 from omnimri.platform.data.schema import SCHEMA, SCHEMA_VERSION, pack_array
 
-INTAKE_VERSION = "intake-2"
+INTAKE_VERSION = "intake-3"
 """Raised when the same file would give other voxels, geometry, labels or facts."""
 
 _PSEUDONYMS = ("row_id", "patient_id", "study_id", "series_id")
@@ -90,6 +91,8 @@ def write_shard(planned: list[PlannedItem], path: Path, config: IngestConfig) ->
                         ReadError(record.source, "A blank volume: every voxel has one value.", "Leave it out.")
                     )
                     continue
+                if config.prewhiten:
+                    record = prewhitened(record)
                 if record.scan.kspace is not None and config.max_coils is not None:
                     kspace = compress_coils(torch.from_numpy(record.scan.kspace), config.max_coils).numpy()
                     record = replace(record, scan=replace(record.scan, kspace=kspace))
@@ -139,7 +142,8 @@ def make_row(
         **facts,
         "quality": measured,
         "flags": quality_flags(scan.image.shape, measured, quality, t1_weighted=facts["contrast"] == "T1w")
-        + face_flags(scan, facts, measured, plan),
+        + face_flags(scan, facts, measured, plan)
+        + list(record.flags),
         "fingerprint": fingerprint(scan.image, scan.affine),
         "preprocessing_version": INTAKE_VERSION,
     }
