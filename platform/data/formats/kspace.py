@@ -72,7 +72,7 @@ class RawKeys:
     """What a probe learns from an HDF5 file without reading k-space."""
 
     layout: str
-    """`fastmri`, `ismrmrd`, or one of `kspace_layouts.LAYOUTS`."""
+    """`fastmri`, `ismrmrd`, `matlab`, or one of `kspace_layouts.LAYOUTS`."""
     patient: str
     study: str
     identifiers: tuple[str, ...] = ()
@@ -160,6 +160,8 @@ def open_kspace(path: Path, source: str) -> Iterator[tuple[h5py.File, str, h5py.
             layout, group = _array_layout(file, array), file
         elif raw:
             layout, group = "ismrmrd", groups["dataset" if "dataset" in raw else raw[0]]
+        elif path.suffix.lower() == ".mat":
+            layout, group = "matlab", file
         else:
             found = ", ".join(sorted(file)[:6]) or "nothing"
             raise ReadError(
@@ -177,7 +179,7 @@ def _array_layout(file: h5py.File, name: str) -> str:
     """The layout of k-space in one array, by its type, its axes and what lies beside it (`kspace_layouts`)."""
     dataset = file[name]
     if dataset.dtype.names == ("real", "imag") or (dataset.dtype.names is None and name != "kspace"):
-        return "cmrxrecon"
+        return "cmrxrecon" if dataset.ndim > 3 else "matlab"
     if dataset.ndim == 4 and np.issubdtype(dataset.dtype, np.floating):
         return "cc359"
     if dataset.ndim == 5:

@@ -36,13 +36,17 @@ def read_layout(path: Path, source: str, limits: ReadLimits) -> tuple[list[Serie
     """
 
     def read(file: h5py.File, layout: str, _: h5py.Group) -> list[RawVolume]:
-        return [RawVolume(_scan(kspace, source)) for kspace in LAYOUTS[layout](file, source, limits)]
+        return [RawVolume(scan_of(kspace, source)) for kspace in LAYOUTS[layout](file, source, limits)]
 
     return read_scans(path, source, read)
 
 
-def _scan(kspace: np.ndarray, source: str) -> Scan:
-    """A scan of k-space `(Z, C, Y, X)`; lines that hold nothing were not acquired."""
+def scan_of(kspace: np.ndarray, source: str) -> Scan:
+    """A scan of k-space `(Z, C, Y, X)` without header; lines that hold nothing were not acquired.
+
+    Raises:
+        ReadError: If samples are missing along two directions.
+    """
     sampled = (kspace != 0).any((0, 1))  # (Y, X)
     mask = np.asarray(sampled.any(0))
     rows = np.asarray(sampled.any(1))
