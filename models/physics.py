@@ -150,7 +150,8 @@ def espirit_maps(kspace: Tensor, mask: Tensor) -> Tensor:
 
     SigPy calibrates on a square: as wide as the lines around the centre, and no wider than 24 samples. Where the
     largest eigenvalue is below 0.95 (its default) there is no object and the maps are zero. Arguments and result of
-    `estimate_sens_maps`; not differentiable.
+    `estimate_sens_maps`; not differentiable. On two cores 0.3 s for 128 x 128 of 8 coils, 9 s for 256 x 256 of 8 and
+    half a minute for 320 x 320 of 16.
     """
     lines = center_lines(mask).expand(kspace.shape[0], -1)
     maps = [_espirit_slice(coils, kept) for coils, kept in zip(kspace.detach().cpu(), lines.cpu(), strict=True)]

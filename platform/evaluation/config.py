@@ -30,7 +30,7 @@ class EvaluateConfig:
     """Undersampling: equispaced (fastMRI brain) or random (fastMRI knee)."""
     sens_maps: Literal["acs", "espirit"] = "acs"
     """Coil maps of the baselines, the ceiling and the data residual (`physics.SENS_MAPS`); the model makes those that
-    it was trained with."""
+    it was trained with. `espirit` takes seconds to half a minute for a slice of a clinical matrix: set max_slices."""
     reconstruct_steps: int = 2
     """Network evaluations of the image decoder for one reconstruction."""
     segment_steps: int = 1

@@ -191,12 +191,15 @@ def _load_old(path: Path, array: str, source: str, limits: ReadLimits) -> np.nda
     with path.open("rb") as stream:
         for num_bytes in _unpacked_bytes(stream, limits.max_array_bytes):
             check_array_bytes(num_bytes, source, limits)
-    listed = [(name, shape) for name, shape, word in scipy.io.whosmat(path) if word in (*_NUMBERS, "logical")]
     loaded: dict[str, np.ndarray] = {}
     variables = []
-    for name, shape in listed:
+    for name, shape, word in scipy.io.whosmat(path):
+        if word not in (*_NUMBERS, "logical"):
+            continue
         if name == array or (not array and len(shape) >= 3):
-            loaded[name] = np.asarray(scipy.io.loadmat(path, variable_names=[name])[name])
+            values = np.asarray(scipy.io.loadmat(path, variable_names=[name])[name])
+            if name == array or np.iscomplexobj(values):
+                loaded[name] = values
         is_complex = name in loaded and np.iscomplexobj(loaded[name])
         variables.append(Variable(name, shape, math.prod(shape) * 8, is_complex))
     chosen = _choose(variables, array, source, limits)
