@@ -264,7 +264,8 @@ class Engine:
         queries = _queries_of(prompt, "reconstruct")
         kspace = torch.tensor(scan.kspace)
         mask = torch.ones(kspace.shape[-1], dtype=torch.bool) if scan.mask is None else torch.tensor(scan.mask)
-        operator = SenseOperator(estimate_sens_maps(kspace, mask), mask)
+        maps = estimate_sens_maps(kspace, mask, method=self.preprocess.inputs.sens_maps)
+        operator = SenseOperator(maps, mask)
         generator = torch.Generator().manual_seed(seed)
         samples = torch.stack(
             [self._sample(kspace, operator, queries, num_steps, num_samples > 1, generator) for _ in range(num_samples)]

@@ -77,10 +77,11 @@ class Preprocess:
 
     @property
     def _settings(self) -> dict[str, Any]:
-        inputs = {"inputs": asdict(self.inputs)}
+        inputs = asdict(self.inputs)
         if self.contract == 1:
-            return inputs
-        return inputs | {"quantities": {name: asdict(quantity) for name, quantity in QUANTITIES.items()}}
+            del inputs["sens_maps"]  # a choice since 2
+            return {"inputs": inputs}
+        return {"inputs": inputs} | {"quantities": {name: asdict(quantity) for name, quantity in QUANTITIES.items()}}
 
     def as_json(self) -> dict[str, Any]:
         """What a checkpoint says of it."""
@@ -104,7 +105,8 @@ class Preprocess:
             *by_contrast,
             f"visual tokens: resampled to {z} x {y} x {x} mm (wider where the volume would not fit)",
             f"segmentation: slices across the thickest axis, resampled in plane to {self.inputs.slice_spacing_mm} mm",
-            "reconstruction: k-space on its own grid, each slice scaled by its zero-filled maximum",
+            f"reconstruction: k-space on its own grid, {self.inputs.sens_maps} coil maps, each slice scaled by its "
+            "zero-filled maximum",
         ]
 
     def scale(self, scan: Scan) -> np.ndarray:

@@ -19,6 +19,7 @@ import pydicom
 from pydicom.errors import InvalidDicomError
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 
+from omnimri.platform.data.formats.matlab import MAGIC_HDF5
 from omnimri.serve.config import UploadLimits
 from omnimri.serve.schemas import RequestError
 
@@ -110,7 +111,7 @@ class Bounds:
             raise RequestError(422, "nested_zip", "The upload holds a zip inside a zip; send the inner one.")
         if head[:2] == b"\x1f\x8b":
             self._check_gzip(path)
-        if head.startswith(b"\x89HDF"):
+        if head.startswith((b"\x89HDF", MAGIC_HDF5)):
             self._check_hdf5(path)
         elif head[128:132] == b"DICM":
             self._check_dicom(path)

@@ -13,6 +13,7 @@ import torch
 
 from omnimri.models.physics import ifft2c, root_sum_of_squares, undersampling_mask
 from omnimri.models.scan import Scan
+from omnimri.platform.data.formats.prewhitening import prewhitened
 from omnimri.platform.data.formats.readers import SeriesRecord, read_path
 from omnimri.serve.bounds import Bounds
 from omnimri.serve.config import UploadLimits
@@ -44,6 +45,7 @@ def read_upload(
         folder = Path(temporary)
         Bounds(limits).save(uploads, folder)
         records, rejects = read_path(folder)
+    records = [prewhitened(record) for record in records]
     if not records:
         raise RequestError(422, "unreadable", _why_unreadable(rejects))
     warnings = _unused_files(rejects)

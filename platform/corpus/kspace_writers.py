@@ -144,6 +144,7 @@ def _header_xml(header: SeriesHeader, shape: tuple[int, ...], affine: np.ndarray
         acquisitionSystemInformation=xsd.acquisitionSystemInformationType(
             systemVendor=scanner.manufacturer, systemModel=scanner.model,
             systemFieldStrength_T=scanner.field_strength_t, receiverChannels=shape[1],
+            relativeReceiverNoiseBandwidth=1.0,  # the simulated receiver has no filter
         ),
         experimentalConditions=xsd.experimentalConditionsType(
             H1resonanceFrequency_Hz=round(_LARMOR_HZ_PER_T * scanner.field_strength_t)

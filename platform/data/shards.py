@@ -156,8 +156,8 @@ class Shards:
 
 
 def flag_kind(flag: str) -> str:
-    """A flag without the row that it points to: one of `FLAGS`."""
-    return re.sub(r" of [0-9a-f]{16}$", "", flag)
+    """A flag without the row that it points to or its reason: one of `FLAGS`."""
+    return re.sub(r" of [0-9a-f]{16}$|: .*$", "", flag)
 
 
 def check_flags(flags: Iterable[str]) -> None:

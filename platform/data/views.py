@@ -130,7 +130,7 @@ def reconstruction_sample(row: Row, rng: np.random.Generator, options: ViewOptio
     full = torch.tensor(row["kspace"])
     signal = root_sum_of_squares(full).amax(dim=(-2, -1)).numpy()
     chosen = _draw(np.asarray(signal > 0.1 * signal.max()), options.slices_per_sample, rng)
-    arrays = reconstruction_arrays(scan, chosen)
+    arrays = reconstruction_arrays(scan, chosen, options.preprocess.inputs.sens_maps)
     maps = torch.from_numpy(arrays["sens_maps"])
     target = SenseOperator(maps, torch.tensor(True)).adjoint(full[chosen])
     arrays["target"] = (target / torch.from_numpy(arrays.pop("scale"))[:, None, None]).numpy()
@@ -156,13 +156,13 @@ def undersample(scan: Scan, *, acceleration: int, kind: str, seed: int) -> Scan:
     return Scan(image=image, affine=scan.affine, kspace=kspace, mask=mask, facts=scan.facts)
 
 
-def reconstruction_arrays(scan: Scan, slices: np.ndarray) -> dict[str, np.ndarray]:
+def reconstruction_arrays(scan: Scan, slices: np.ndarray, sens_maps: str = "acs") -> dict[str, np.ndarray]:
     """Measured k-space, mask and coil maps of some slices, with the scale they were divided by."""
     assert scan.kspace is not None
     assert scan.mask is not None
     kspace = torch.from_numpy(scan.kspace[slices])
     mask = torch.from_numpy(scan.mask)
-    maps = estimate_sens_maps(kspace, mask)
+    maps = estimate_sens_maps(kspace, mask, method=sens_maps)
     scaled, scale = scale_kspace(kspace, SenseOperator(maps, mask))
     return {
         "kspace": scaled.numpy(),

@@ -51,11 +51,17 @@ def case_mask(
     )
 
 
-def acquire(scan: Scan, mask: np.ndarray) -> Acquisition:
-    """Keep only the lines of `mask`; the image of the new scan is its zero-filled root sum of squares."""
+def acquire(scan: Scan, mask: np.ndarray, sens_maps: str = "acs") -> Acquisition:
+    """Keep only the lines of `mask`; the image of the new scan is its zero-filled root sum of squares.
+
+    Args:
+        scan: Fully sampled.
+        mask: Bool `(X,)`.
+        sens_maps: How coil maps are made of what is left, of `physics.SENS_MAPS`.
+    """
     lines = torch.from_numpy(mask)
     kspace = torch.tensor(scan.kspace) * lines
-    operator = physics.SenseOperator(physics.estimate_sens_maps(kspace, lines), lines)
+    operator = physics.SenseOperator(physics.estimate_sens_maps(kspace, lines, method=sens_maps), lines)
     image = physics.root_sum_of_squares(physics.ifft2c(kspace)).numpy()
     undersampled = replace(scan, image=image, kspace=kspace.numpy(), mask=mask)
     return Acquisition(kspace, mask, operator, undersampled)
@@ -109,10 +115,10 @@ def central_slices(scan: Scan, max_slices: int | None) -> Scan:
 
 
 def grid_psnr(
-    scan: Scan, mask: np.ndarray, weights: Iterable[float], num_steps: Iterable[int]
+    scan: Scan, mask: np.ndarray, weights: Iterable[float], num_steps: Iterable[int], sens_maps: str = "acs"
 ) -> dict[SenseSetting, float]:
     """PSNR of CG-SENSE on one volume for every setting of a grid."""
-    target, acquisition = reference_magnitude(scan), acquire(scan, mask)
+    target, acquisition = reference_magnitude(scan), acquire(scan, mask, sens_maps)
     return {
         setting: metrics.psnr(target, cg_sense(acquisition, setting).abs().numpy())
         for setting in (SenseSetting(weight, steps) for weight, steps in product(weights, num_steps))

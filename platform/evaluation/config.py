@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from omnimri.models.vocabulary import IMAGE_TASKS, TASKS
 
@@ -28,6 +28,9 @@ class EvaluateConfig:
     """Share of fully sampled centre lines, one for each acceleration."""
     mask_kind: str = "equispaced"
     """Undersampling: equispaced (fastMRI brain) or random (fastMRI knee)."""
+    sens_maps: Literal["acs", "espirit"] = "acs"
+    """Coil maps of the baselines, the ceiling and the data residual (`physics.SENS_MAPS`); the model makes those that
+    it was trained with. `espirit` takes seconds to half a minute for a slice of a clinical matrix: set max_slices."""
     reconstruct_steps: int = 2
     """Network evaluations of the image decoder for one reconstruction."""
     segment_steps: int = 1

@@ -138,7 +138,8 @@ def tune_cg_sense(shards: Shards, config: EvaluateConfig) -> tuple[dict[int, Sen
                 scan, ref.row_id, acceleration=acceleration, center_fraction=center_fraction,
                 kind=config.mask_kind, seed=config.seed,
             )  # fmt: skip
-            scores[acceleration].append(baselines.grid_psnr(scan, mask, config.cg_weights, config.cg_steps))
+            grid = baselines.grid_psnr(scan, mask, config.cg_weights, config.cg_steps, config.sens_maps)
+            scores[acceleration].append(grid)
     settings = {acceleration: baselines.best_setting(grids) for acceleration, grids in scores.items()}
     return settings, [_tuning_note(acceleration, setting, config) for acceleration, setting in settings.items()]
 
@@ -147,8 +148,8 @@ def _tuning_note(acceleration: int, setting: SenseSetting, config: EvaluateConfi
     edge = setting.weight in (min(config.cg_weights), max(config.cg_weights))
     return (
         f"CG-SENSE at {acceleration}x: weight {setting.weight:g}, {setting.num_steps} iterations, the best of "
-        f"{len(config.cg_weights) * len(config.cg_steps)} settings on split {config.tuning_split!r}"
-        + (" (at the edge of cg_weights)." if edge else ".")
+        f"{len(config.cg_weights) * len(config.cg_steps)} settings on split {config.tuning_split!r}, "
+        f"{config.sens_maps} coil maps" + (" (at the edge of cg_weights)." if edge else ".")
     )
 
 

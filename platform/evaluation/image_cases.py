@@ -48,7 +48,7 @@ def reconstruct_case(context: CaseContext, row: Mapping[str, Any]) -> CaseResult
             scan, row["row_id"], acceleration=acceleration, center_fraction=center_fraction,
             kind=config.mask_kind, seed=config.seed,
         )  # fmt: skip
-        acquisition = baselines.acquire(scan, mask)
+        acquisition = baselines.acquire(scan, mask, config.sens_maps)
         for method, reconstruct in _reconstructions(context, scan, acceleration).items():
             started = time.perf_counter()
             magnitude, residual = reconstruct(acquisition)

@@ -12,6 +12,7 @@ import torch
 from omnimri.models.config import PRESETS, OmniMRIConfig, preset
 from omnimri.models.engine import Engine
 from omnimri.models.omnimri import INDEX_FILE, OmniMRI
+from omnimri.models.physics import SenseOperator, estimate_sens_maps, relative_residual
 from omnimri.models.preprocess import CONTRACT_FILE, CONTRACT_VERSION, Preprocess
 from omnimri.models.prompts import diagnosis_choices
 from omnimri.models.scan import Scan
@@ -110,8 +111,6 @@ def test_config_survives_json(name: str) -> None:
 
 
 def test_another_number_of_experts_starts_only_those_afresh(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
-    from dataclasses import replace
-
     config = preset("tiny")
     wider = replace(config, backbone=replace(config.backbone, num_experts=6))
     model = OmniMRI.load(checkpoint, config=wider)
@@ -129,6 +128,23 @@ def test_reconstruction_explains_the_measurement(engine: Engine, scan: Scan) -> 
     assert result.image.dtype == np.complex64
     assert 0 < result.residual < 1
     assert result.uncertainty is None
+
+
+def test_reconstruction_uses_the_coil_maps_of_the_contract(checkpoint: Path, scan: Scan) -> None:
+    """The distance from the measurement is that under ESPIRiT maps, not under the default ones."""
+    engine = Engine.load(checkpoint)
+    engine.preprocess = Preprocess(replace(engine.preprocess.inputs, sens_maps="espirit"))
+    result = engine.reconstruct(scan, engine.encode(scan, "Reconstruct the image.", "reconstruct"), num_steps=1)
+    kspace, mask, image = torch.tensor(scan.kspace), torch.tensor(scan.mask), torch.tensor(result.image)
+    weights = kspace.abs().square().sum(dim=(1, 2, 3))
+
+    def residual(method: str) -> float:
+        operator = SenseOperator(estimate_sens_maps(kspace, mask, method=method), mask)
+        squares = relative_residual(image, kspace, operator).square()
+        return float(((squares * weights).sum() / weights.sum()).sqrt())
+
+    assert result.residual == pytest.approx(residual("espirit"), rel=1e-5)
+    assert result.residual != pytest.approx(residual("acs"), rel=1e-4)
 
 
 def test_samples_give_an_uncertainty_map_and_a_seed_repeats_it(engine: Engine, scan: Scan) -> None:
@@ -166,8 +182,6 @@ def test_prompt_embeddings_decode_as_token_ids_do(engine: Engine, scan: Scan) ->
     ids = torch.tensor([engine.tokenizer.encode("Most likely diagnosis: old")])
     embeds = engine.model.backbone.get_input_embeddings()(ids)[0].detach().numpy()
     prompt = engine.encode(scan, "Report this MRI.", "report")
-    from dataclasses import replace
-
     ours = engine.generate_text(replace(prompt, embeds=embeds), max_new_tokens=6).token_ids
     theirs = engine.model.backbone.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :].tolist()
     end = engine.tokenizer.eos_token_id

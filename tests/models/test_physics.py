@@ -3,6 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from sigpy.mri import birdcage_maps
+from sigpy.mri.linop import Sense
+from sigpy.sim import shepp_logan
 
 from omnimri.models.physics import (
     SenseOperator,
@@ -99,6 +102,48 @@ def test_masks_keep_the_centre_and_the_mean_rate(kind: str, acceleration: int, c
     assert np.array_equal(masks[7], undersampling_mask(96, seed=7, **options))
 
 
+def fastmri_random(num_cols: int, acceleration: int, num_low: int, draws: np.ndarray) -> np.ndarray:
+    """FastMRI's `RandomMaskFunc`, written out, for given uniform draws."""
+    prob = (num_cols / acceleration - num_low) / (num_cols - num_low)
+    return np.maximum(fastmri_center(num_cols, num_low), draws < prob)
+
+
+def fastmri_equispaced(num_cols: int, acceleration: int, num_low: int, offset: int) -> np.ndarray:
+    """FastMRI's `EquispacedMaskFractionFunc`, written out, for a given offset."""
+    adjusted = (acceleration * (num_low - num_cols)) / (num_low * acceleration - num_cols)
+    mask = fastmri_center(num_cols, num_low)
+    mask[np.around(np.arange(offset, num_cols - 1, adjusted)).astype(np.uint)] = True
+    return mask
+
+
+def fastmri_center(num_cols: int, num_low: int) -> np.ndarray:
+    pad = (num_cols - num_low + 1) // 2
+    return (np.arange(num_cols) >= pad) & (np.arange(num_cols) < pad + num_low)
+
+
+CONDITIONS = [(a, c) for c in (0.08, 0.04) for a in (2, 4, 6, 8, 12)]
+
+
+@pytest.mark.parametrize("num_lines", [320, 368, 217])
+@pytest.mark.parametrize(("acceleration", "center_fraction"), CONDITIONS)
+def test_masks_are_those_of_fastmri(num_lines: int, acceleration: int, center_fraction: float) -> None:
+    """Equispaced masks are the ones of fastMRI's offsets, all of them; random ones follow fastMRI from the draws on."""
+    num_low = round(num_lines * center_fraction)
+    options = {"acceleration": acceleration, "center_fraction": center_fraction}
+    adjusted = (acceleration * (num_low - num_lines)) / (num_low * acceleration - num_lines)
+    expected = {
+        fastmri_equispaced(num_lines, acceleration, num_low, offset).tobytes() for offset in range(round(adjusted))
+    }
+    num_seeds = 30 * min(round(adjusted), 20)
+    found = {undersampling_mask(num_lines, seed=seed, **options).tobytes() for seed in range(num_seeds)}
+    assert found <= expected
+    assert found == expected or round(adjusted) > 20
+    for seed in range(5):
+        draws = np.random.default_rng(seed).random(num_lines)
+        mask = undersampling_mask(num_lines, seed=seed, kind="random", **options)
+        np.testing.assert_array_equal(mask, fastmri_random(num_lines, acceleration, num_low, draws))
+
+
 def test_unknown_mask_kind_names_the_known_ones() -> None:
     with pytest.raises(ValueError, match="known: equispaced, random"):
         undersampling_mask(96, acceleration=4, center_fraction=0.08, kind="spiral")
@@ -123,6 +168,82 @@ def test_sens_maps_from_the_centre_match_the_true_coils(rng: torch.Generator) ->
     agreement = (estimated.conj() * maps).sum(0).abs()[inside]
     assert float(agreement.min()) > 0.98
     torch.testing.assert_close(root_sum_of_squares(estimated)[inside], torch.ones(int(inside.sum())))
+
+
+def birdcage_phantom(size: int = 128, num_coils: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    """SigPy's birdcage maps `(C, Y, X)` and a Shepp-Logan phantom `(Y, X)` with a phase of its own."""
+    y, x = np.mgrid[-1 : 1 : size * 1j, -1 : 1 : size * 1j]
+    image = shepp_logan((size, size)) * np.exp(1j * (0.8 * x + 0.5 * y))
+    maps = birdcage_maps((num_coils, size, size), dtype=np.complex64)
+    return torch.from_numpy(maps), torch.from_numpy(image.astype(np.complex64))
+
+
+def phantom_acquisition(center_fraction: float, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Noisy k-space `(1, C, Y, X)` of the birdcage phantom, fourfold undersampled, and its mask."""
+    maps, image = birdcage_phantom()
+    kspace = fft2c(maps * image)
+    kspace = kspace + 3e-4 * kspace.abs().max() * complex_normal(rng, *kspace.shape)
+    mask = torch.from_numpy(undersampling_mask(128, acceleration=4, center_fraction=center_fraction, seed=1))
+    return (kspace * mask)[None], mask
+
+
+@pytest.mark.parametrize(("method", "median", "fifth"), [("acs", 0.999, 0.997), ("espirit", 0.9995, 0.998)])
+def test_maps_of_the_birdcage_phantom(rng: torch.Generator, method: str, median: float, fifth: float) -> None:
+    """From ten centre lines: cosine to the true maps (no common phase changes it), at median and 5th percentile."""
+    maps, image = birdcage_phantom()
+    kspace, mask = phantom_acquisition(0.08, rng)
+    estimated = estimate_sens_maps(kspace, mask, method=method)[0]
+    inside = image.abs() > 0.05
+    agreement = (estimated.conj() * maps).sum(0).abs()[inside]
+    assert agreement.median() > median
+    assert agreement.quantile(0.05) > fifth
+    torch.testing.assert_close(
+        root_sum_of_squares(estimated)[inside], torch.ones(int(inside.sum())), rtol=1e-3, atol=1e-3
+    )
+
+
+@pytest.mark.parametrize("center_fraction", [0.08, 0.125])
+def test_cg_sense_with_espirit_maps_is_no_worse(rng: torch.Generator, center_fraction: float) -> None:
+    """Fourfold, at most 0.1 dB below the low-pass maps; mostly it is above them by a decibel or more."""
+    _, image = birdcage_phantom()
+    kspace, mask = phantom_acquisition(center_fraction, rng)
+    errors = {}
+    for method in ("acs", "espirit"):
+        operator = SenseOperator(estimate_sens_maps(kspace, mask, method=method), mask)
+        recovered = cg_sense(kspace, operator, weight=0.002, num_steps=20)[0].abs()
+        errors[method] = float((recovered - image.abs()).square().mean())
+    assert 10 * np.log10(errors["acs"] / errors["espirit"]) > -0.1
+
+
+def test_espirit_maps_have_the_shape_of_the_others(rng: torch.Generator) -> None:
+    """A batch with a mask each gives what each slice gives alone; a slice without signal has no maps."""
+    kspace, mask = phantom_acquisition(0.125, rng)
+    other = torch.from_numpy(undersampling_mask(128, acceleration=2, center_fraction=0.2, seed=3))
+    batch = torch.cat([kspace * other, kspace, torch.zeros_like(kspace)])
+    maps = estimate_sens_maps(batch, torch.stack([mask & other, mask, mask]), method="espirit")
+    assert maps.shape == batch.shape
+    assert maps.dtype == torch.complex64
+    torch.testing.assert_close(maps[1], estimate_sens_maps(kspace, mask, method="espirit")[0])
+    assert not maps[2].any()
+
+
+def test_espirit_without_a_centre_says_what_to_do(rng: torch.Generator) -> None:
+    mask = torch.zeros(32, dtype=torch.bool)
+    mask[15:18] = True
+    with pytest.raises(ValueError, match=r"needs 4 acquired lines .* found 3; raise center_fraction or set sens_maps"):
+        estimate_sens_maps(complex_normal(rng, 1, 4, 32, 32) * mask, mask, method="espirit")
+    with pytest.raises(ValueError, match="known: acs, espirit"):
+        estimate_sens_maps(complex_normal(rng, 1, 4, 32, 32), mask, method="walsh")
+
+
+@pytest.mark.parametrize("shape", [(24, 20), (15, 21)])
+def test_sense_operator_is_that_of_sigpy(rng: torch.Generator, shape: tuple[int, int]) -> None:
+    maps, mask = complex_normal(rng, 5, *shape), torch.rand(shape[1], generator=rng) < 0.5
+    image, kspace = complex_normal(rng, *shape), complex_normal(rng, 5, *shape)
+    ours = SenseOperator(maps[None], mask)
+    theirs = Sense(maps.numpy(), weights=mask.expand(shape).numpy().astype(np.float32))
+    np.testing.assert_allclose(ours.forward(image[None])[0], theirs(image.numpy()), atol=1e-5)
+    np.testing.assert_allclose(ours.adjoint(kspace[None])[0], theirs.H(kspace.numpy()), atol=1e-5)
 
 
 def test_sens_maps_without_a_centre_say_what_to_do() -> None:

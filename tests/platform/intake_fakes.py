@@ -215,6 +215,8 @@ def save_ismrmrd(
     oversampling: int = 2,
     lines: np.ndarray | None = None,
     repetition_of_line: np.ndarray | None = None,
+    noise: np.ndarray | None = None,
+    dwell_us: tuple[float, float] = (5.0, 5.0),
     seed: int = 0,
 ) -> Path:
     """Save k-space `(Z, C, Y, X)` as ISMRMRD: noise scan first, slices and lines in random order, readout oversampled.
@@ -226,6 +228,8 @@ def save_ismrmrd(
         oversampling: Of the readout.
         lines: Phase-encoding lines to write; all by default.
         repetition_of_line: Repetition counter by line; zero by default.
+        noise: Samples of the noise scan `(C, N)`, an empty array for none; ones by default, which are no noise.
+        dwell_us: Sample times of the noise scan and of image lines.
         seed: Of the order.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -238,12 +242,16 @@ def save_ismrmrd(
     with ismrmrd.Dataset(str(path), "dataset", create_if_needed=True) as file:
         header = ismrmrd_header((num_slices, num_readout, num_lines), tuple(spacing[::-1]), oversampling=oversampling)
         file.write_xml_header(header)
-        noise = ismrmrd.Acquisition.from_array(np.ones((num_coils, 16), np.complex64))
-        noise.setFlag(ismrmrd.ACQ_IS_NOISE_MEASUREMENT)
-        file.append_acquisition(noise)
+        noise = np.ones((num_coils, 16)) if noise is None else noise
+        for part in np.split(noise.astype(np.complex64), 2, axis=1) if noise.size else []:
+            scan = ismrmrd.Acquisition.from_array(np.ascontiguousarray(part))
+            scan.setFlag(ismrmrd.ACQ_IS_NOISE_MEASUREMENT)
+            scan.sample_time_us = dwell_us[0]
+            file.append_acquisition(scan)
         written = range(num_lines) if lines is None else np.flatnonzero(lines)
         for z, line in rng.permutation([(z, line) for z in range(num_slices) for line in written]):
             acquisition = ismrmrd.Acquisition.from_array(np.ascontiguousarray(oversampled[z, :, :, line]))
+            acquisition.sample_time_us = dwell_us[1]
             acquisition.center_sample = num_readout * oversampling // 2
             acquisition.idx.kspace_encode_step_1 = line
             acquisition.idx.slice = numbers[z]

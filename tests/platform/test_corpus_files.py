@@ -19,6 +19,7 @@ from omnimri.platform.corpus.corpus import NOTICE, CorpusConfig, write_corpus, w
 from omnimri.platform.corpus.dicom_writer import instance_numbers
 from omnimri.platform.corpus.patient import Patient
 from omnimri.platform.corpus.series import LPS_TO_RAS
+from omnimri.platform.data.formats.prewhitening import prewhitened
 from omnimri.platform.evaluation.text import label_text
 from tests.platform.corpus_files import WrittenSeries, all_series, write_patients
 
@@ -261,6 +262,16 @@ def test_ismrmrd_holds_oversampled_lines_and_noise_scans(series: list[WrittenSer
         # White matter is well above the noise that the noise scans measured.
         noise = np.std(first.data.view(np.float32))
         assert 20 < np.median(s.scan.image[s.labels == 3]) / noise < 45
+
+
+def test_prewhitened_ismrmrd_has_unit_noise_in_air(series: list[WrittenSeries]) -> None:
+    """The corners of the image hold nothing but noise of C coils: `mean |x|^2 = 2 C`, to the noise scan's error."""
+    for s in series:
+        if s.record.source_format == "ismrmrd":
+            white = prewhitened(s.record)
+            assert white.flags == ("prewhitened",)
+            corners = white.scan.image[:, [0, 1, 2, -3, -2, -1]][:, :, [0, 1, 2, -3, -2, -1]]
+            assert np.square(corners).mean() == pytest.approx(2 * white.scan.kspace.shape[1], rel=0.1)
 
 
 def test_contrasts_of_a_patient_show_the_same_head_whatever_the_format(series: list[WrittenSeries]) -> None:

@@ -113,11 +113,10 @@ def test_undersampled_cmrxrecon_keeps_its_lines(tmp_path: Path) -> None:
     np.testing.assert_array_equal(record.scan.mask, lines.astype(bool))
 
 
-def test_an_older_matlab_file_says_how_to_save_it(tmp_path: Path) -> None:
+def test_a_broken_file_of_an_older_matlab_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.mat").write_bytes(b"MATLAB 5.0 MAT-file, Platform: PCWIN64".ljust(512))
     _, [error] = read_path(tmp_path)
-    assert "version 5, expected 7.3" in error.reason
-    assert "-v7.3" in error.hint
+    assert error.source == "a.mat"
 
 
 def test_fastmri_is_told_from_the_others_by_its_axes(tmp_path: Path) -> None:

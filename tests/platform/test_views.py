@@ -1,13 +1,17 @@
 """Samples for segmentation: every instruction gets the mask of the structure it names."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 
 from omnimri.models.config import InputConfig
+from omnimri.models.physics import estimate_sens_maps
 from omnimri.models.preprocess import Preprocess
 from omnimri.models.vocabulary import LESION, TISSUES
 from omnimri.platform.data.shards import Shards, load_row
-from omnimri.platform.data.views import ViewOptions, segmentation_sample, structure_mask
+from omnimri.platform.data.views import ViewOptions, reconstruction_sample, segmentation_sample, structure_mask
 from omnimri.platform.evaluation.image_cases import reference_masks
 from tests.platform.shards_fakes import write_shards
 
@@ -69,3 +73,17 @@ def test_boxes_without_outline_are_no_reference_for_segmentation() -> None:
     row = {"label_map": labels, "label_names": {1: "white matter"}}
     assert set(reference_masks({**row, "boxes": [{"label": "lesion"}]})) == {"white matter"}
     assert not reference_masks({**row, "boxes": []})[LESION].any()
+
+
+@pytest.mark.parametrize("method", ["acs", "espirit"])
+def test_reconstruction_is_trained_on_the_coil_maps_of_the_contract(rows: list[dict], method: str) -> None:
+    """Maps do not change with the scale, so those of the finished sample are those it was made with."""
+    row = next(row for row in rows if row["kspace"] is not None)
+    row = {**row, "kspace": np.pad(row["kspace"], ((0, 0), (0, 0), (0, 0), (16, 16)))}  # 5 centre lines of 64
+    preprocess = Preprocess(replace(NATIVE, sens_maps=method))
+    chosen = ViewOptions(preprocess=preprocess, slices_per_sample=2, accelerations=(2,))
+    sample = reconstruction_sample(row, np.random.default_rng(0), chosen)
+    kspace, mask = torch.from_numpy(sample["kspace"]), torch.from_numpy(sample["mask"])
+    expected = estimate_sens_maps(kspace, mask, method=method)
+    np.testing.assert_allclose(sample["sens_maps"], expected, atol=1e-4)
+    assert any(f"{method} coil maps" in step for step in preprocess.steps)

@@ -83,7 +83,7 @@ FAMILIES = {
     "npy": Family(("numpy",), "one NumPy array per volume, tables of diagnoses"),
     "npz": Family(("numpy",), "NumPy archives of samples with their labels"),
     "kspace-h5": Family(_HDF5, "k-space in HDF5, every array layout told by its content"),
-    "kspace-mat": Family(("cmrxrecon",), "k-space in MATLAB v7.3"),
+    "kspace-mat": Family(("cmrxrecon", "matlab"), "k-space, or images that the rule names, in MATLAB files"),
     "ismrmrd-h5": Family(("ismrmrd",), "k-space as ISMRMRD acquisitions"),
     "csv-boxes": Family(_HDF5, "a table of boxes over the volumes of another set"),
     "json-report": Family(("nifti",), "reports in a JSON or CSV file beside the volumes"),
@@ -115,10 +115,13 @@ class ImageRule:
     """Field of the pattern to the classes that its words mean."""
     card: str = ""
     """Path of the dataset.json that names labels and channels."""
+    matlab_array: str = ""
+    """Array of a MATLAB file that is the volume: complex k-space, or real numbers, which are an image only where this
+    names them."""
     samples: bool = False
     """Arrays hold single slices or volumes along their first axis."""
     label_member: str = ""
-    """Array of the same `.npz` with one label map per sample."""
+    """Array of the same `.npz` or MATLAB file with one label map per sample."""
     class_member: str = ""
     """Array of the same `.npz` with one class per sample."""
 

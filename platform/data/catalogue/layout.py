@@ -385,12 +385,12 @@ def _with_keys(probe: Probe, fields: Mapping[str, str], rule: ImageRule) -> Prob
     patient = filled(rule.patient, fields)
     # A volume whose name ends like a BIDS label is a volume when its layout says so.
     kind = "nifti" if probe.kind == "label" else probe.kind
-    if patient is None:
-        return replace(probe, kind=kind, series=probe.series or probe.name, samples=rule.samples)
-    study = f"{patient}|{fields.get('session', '')}"
-    return replace(
-        probe, kind=kind, patient=patient, study=study, series=probe.series or probe.name, samples=rule.samples
+    placed = replace(
+        probe, kind=kind, series=probe.series or probe.name, samples=rule.samples, matlab_array=rule.matlab_array
     )
+    if patient is None:
+        return placed
+    return replace(placed, patient=patient, study=f"{patient}|{fields.get('session', '')}")
 
 
 def _facts(values: Mapping[str, Any]) -> Facts:

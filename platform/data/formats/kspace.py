@@ -1,4 +1,4 @@
-"""Raw k-space in HDF5: the fastMRI layout and ISMRMRD datasets, brought to the one convention of `Scan`.
+"""Raw k-space in HDF5: the fastMRI layout and ISMRMRD datasets, brought to the one convention of docs/kspace.md.
 
 K-space is `(Z, C, Y, X)`, centred, orthonormal, readout along Y without oversampling, phase encoding along X. The image
 is the root sum of squares of its inverse transform, zero-filled where lines were not acquired.
@@ -20,6 +20,8 @@ import numpy as np
 from omnimri.models.scan import Scan
 from omnimri.platform.data.deid import header_identifiers
 from omnimri.platform.data.formats.facts import Facts, body_part, ismrmrd_facts, ismrmrd_identifiers, plane
+from omnimri.platform.data.formats.fourier import centered_ifft, crop_readout, root_sum_of_squares_image
+from omnimri.platform.data.formats.prewhitening import RECEIVER_NOISE_BANDWIDTH, bandwidth_scale, noise_covariance
 from omnimri.platform.data.formats.records import (
     UNREADABLE,
     ReadError,
@@ -56,33 +58,13 @@ _PADDING_TOLERANCE = 2
 """Lines by which zero padding left and right may differ; more is partial Fourier."""
 
 
-def centered_fft(array: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
-    """Centred orthonormal Fourier transform in complex64; over the last two axes it equals `physics.fft2c`."""
-    shifted = np.fft.ifftshift(array, axes=axes)
-    return np.fft.fftshift(np.fft.fftn(shifted, axes=axes, norm="ortho"), axes=axes).astype(np.complex64, copy=False)
+@dataclass(frozen=True)
+class RawVolume:
+    """One volume of a raw data file."""
 
-
-def centered_ifft(array: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
-    """Inverse of `centered_fft`."""
-    shifted = np.fft.ifftshift(array, axes=axes)
-    return np.fft.fftshift(np.fft.ifftn(shifted, axes=axes, norm="ortho"), axes=axes).astype(np.complex64, copy=False)
-
-
-def root_sum_of_squares_image(kspace: np.ndarray) -> np.ndarray:
-    """Magnitude image `(Z, Y, X)` float32 of k-space `(Z, C, Y, X)`, one slice at a time to bound memory."""
-    image = np.empty((kspace.shape[0], *kspace.shape[2:]), dtype=np.float32)
-    for z, coils in enumerate(kspace):
-        image[z] = np.sqrt(np.square(np.abs(centered_ifft(coils, (-2, -1)))).sum(0))
-    return image
-
-
-def crop_readout(kspace: np.ndarray, size: int) -> np.ndarray:
-    """K-space `(..., Y, X)` of the central `size` readout voxels: removes readout oversampling."""
-    full = kspace.shape[-2]
-    if size >= full:
-        return kspace
-    start = full // 2 - size // 2
-    return centered_fft(centered_ifft(kspace, (-2,))[..., start : start + size, :], (-2,))
+    scan: Scan
+    noise_covariance: np.ndarray | None = None
+    """Complex `(C, C)`, of the noise in one sample of k-space; None without a noise scan."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +72,7 @@ class RawKeys:
     """What a probe learns from an HDF5 file without reading k-space."""
 
     layout: str
-    """`fastmri`, `ismrmrd`, or one of `kspace_layouts.LAYOUTS`."""
+    """`fastmri`, `ismrmrd`, `matlab`, or one of `kspace_layouts.LAYOUTS`."""
     patient: str
     study: str
     identifiers: tuple[str, ...] = ()
@@ -130,32 +112,33 @@ def read_kspace(path: Path, source: str, limits: ReadLimits) -> tuple[list[Serie
         One record per volume (echoes, repetitions, phases and sets of an ISMRMRD file apart) and what was refused.
     """
 
-    def read(file: h5py.File, layout: str, group: h5py.Group) -> list[Scan]:
+    def read(file: h5py.File, layout: str, group: h5py.Group) -> list[RawVolume]:
         if layout == "fastmri":
-            return [_read_fastmri(file, source, limits)]
+            return [RawVolume(_read_fastmri(file, source, limits))]
         return _read_ismrmrd(group, source, limits)
 
     return read_scans(path, source, read)
 
 
 def read_scans(
-    path: Path, source: str, read: Callable[[h5py.File, str, h5py.Group], list[Scan]]
+    path: Path, source: str, read: Callable[[h5py.File, str, h5py.Group], list[RawVolume]]
 ) -> tuple[list[SeriesRecord], list[ReadError]]:
     """Records of what `read` finds in a file (given the file, its layout and the group that holds it), and refusals."""
     try:
         keys = probe(path, source)
         with quiet_libraries(), open_kspace(path, source) as (file, layout, group):
-            scans = read(file, layout, group)
+            raw = read(file, layout, group)
     except ReadError as error:
         return [], [error]
     except UNREADABLE as error:
         return [], [ReadError(source, f"The raw data cannot be read ({type(error).__name__}).", "Copy it again.")]
     return [
         SeriesRecord(
-            scan=scan, source=source, source_format=keys.layout, patient_key=keys.patient, study_key=keys.study,
-            series_key=source, volume=index, num_volumes=len(scans), identifiers=keys.identifiers,
+            scan=volume.scan, source=source, source_format=keys.layout, patient_key=keys.patient, study_key=keys.study,
+            series_key=source, volume=index, num_volumes=len(raw), identifiers=keys.identifiers,
+            noise_covariance=volume.noise_covariance,
         )
-        for index, scan in enumerate(scans)
+        for index, volume in enumerate(raw)
     ], []  # fmt: skip
 
 
@@ -177,6 +160,8 @@ def open_kspace(path: Path, source: str) -> Iterator[tuple[h5py.File, str, h5py.
             layout, group = _array_layout(file, array), file
         elif raw:
             layout, group = "ismrmrd", groups["dataset" if "dataset" in raw else raw[0]]
+        elif path.suffix.lower() == ".mat":
+            layout, group = "matlab", file
         else:
             found = ", ".join(sorted(file)[:6]) or "nothing"
             raise ReadError(
@@ -194,7 +179,7 @@ def _array_layout(file: h5py.File, name: str) -> str:
     """The layout of k-space in one array, by its type, its axes and what lies beside it (`kspace_layouts`)."""
     dataset = file[name]
     if dataset.dtype.names == ("real", "imag") or (dataset.dtype.names is None and name != "kspace"):
-        return "cmrxrecon"
+        return "cmrxrecon" if dataset.ndim > 3 else "matlab"
     if dataset.ndim == 4 and np.issubdtype(dataset.dtype, np.floating):
         return "cc359"
     if dataset.ndim == 5:
@@ -318,12 +303,12 @@ class _Encoding:
     """`(x, y, z)`: phase, readout, slice."""
 
 
-def _read_ismrmrd(group: h5py.Group, source: str, limits: ReadLimits) -> list[Scan]:
+def _read_ismrmrd(group: h5py.Group, source: str, limits: ReadLimits) -> list[RawVolume]:
     header = _header(group["xml"][0], source)
     encoding = _encoding(header, source)
     acquisitions = group["data"][...]
     heads = acquisitions["head"]
-    others = sum(np.uint64(1) << np.uint64(flag - 1) for flag in _OTHER_SCANS)
+    others = sum(_bit(flag) for flag in _OTHER_SCANS)
     use = (heads["flags"] & others == 0) & (heads["encoding_space_ref"] == 0)
     if not use.any():
         raise ReadError(source, "The ISMRMRD file holds no image lines.", "Only noise or calibration was stored.")
@@ -333,8 +318,40 @@ def _read_ismrmrd(group: h5py.Group, source: str, limits: ReadLimits) -> list[Sc
         key = tuple(int(counters[name]) for name in ("contrast", "repetition", "phase", "set"))
         volumes[key].append(int(index))
     return [
-        _ismrmrd_volume(acquisitions[volumes[key]], encoding, header, key[0], source, limits) for key in sorted(volumes)
+        RawVolume(
+            _ismrmrd_volume(acquisitions[volumes[key]], encoding, header, key[0], source, limits),
+            _noise_of_lines(acquisitions, heads["sample_time_us"][volumes[key]], header),
+        )
+        for key in sorted(volumes)
     ]
+
+
+def _noise_of_lines(acquisitions: np.ndarray, dwell_us: np.ndarray, header: Any) -> np.ndarray | None:
+    """Covariance `(C, C)` of the noise in one sample of image lines with these dwell times; None without a noise scan.
+
+    Noise scans of other dwell time or coils than the first are left out.
+    """
+    heads = acquisitions["head"]
+    is_noise = heads["flags"] & _bit(ismrmrd.ACQ_IS_NOISE_MEASUREMENT) != 0
+    if not is_noise.any():
+        return None
+    for name in ("sample_time_us", "active_channels"):
+        is_noise &= heads[name] == heads[name][is_noise][0]
+    scans = acquisitions[is_noise]
+    system = header.acquisitionSystemInformation
+    bandwidth = getattr(system, "relativeReceiverNoiseBandwidth", None) or RECEIVER_NOISE_BANDWIDTH
+    scale = bandwidth_scale(float(np.median(dwell_us)), float(scans["head"]["sample_time_us"][0]), bandwidth)
+    return noise_covariance(np.concatenate([_samples(scan) for scan in scans], axis=1)) / scale
+
+
+def _bit(flag: int) -> np.uint64:
+    return np.uint64(1) << np.uint64(flag - 1)
+
+
+def _samples(acquisition: np.ndarray) -> np.ndarray:
+    """Complex64 `(C, samples)`."""
+    head = acquisition["head"]
+    return acquisition["data"].view(np.complex64).reshape(int(head["active_channels"]), int(head["number_of_samples"]))
 
 
 def _encoding(header: Any, source: str) -> _Encoding:
@@ -410,8 +427,8 @@ def _grid_lines(
 def _placed_samples(acquisition: np.ndarray, readout: int) -> tuple[int, np.ndarray]:
     """Where a readout starts on the grid so that its centre sample is the centre of k-space, and its `(C, samples)`."""
     head = acquisition["head"]
-    num_samples = int(head["number_of_samples"])
-    samples = acquisition["data"].view(np.complex64).reshape(int(head["active_channels"]), num_samples)
+    samples = _samples(acquisition)
+    num_samples = samples.shape[1]
     start = readout // 2 - int(head["center_sample"])
     first = max(int(head["discard_pre"]), -start, 0)
     last = min(num_samples - int(head["discard_post"]), readout - start)

@@ -17,12 +17,8 @@ import numpy as np
 
 from omnimri.models.scan import Scan
 from omnimri.platform.data.formats.facts import Facts
-from omnimri.platform.data.formats.kspace import (
-    KSPACE_NAMES,
-    mask_or_none,
-    read_scans,
-    root_sum_of_squares_image,
-)
+from omnimri.platform.data.formats.fourier import root_sum_of_squares_image
+from omnimri.platform.data.formats.kspace import KSPACE_NAMES, RawVolume, mask_or_none, read_scans
 from omnimri.platform.data.formats.records import (
     ReadError,
     ReadLimits,
@@ -39,14 +35,18 @@ def read_layout(path: Path, source: str, limits: ReadLimits) -> tuple[list[Serie
         One record per volume (echo, phase of the heart cycle, weighting) and what was refused.
     """
 
-    def read(file: h5py.File, layout: str, _: h5py.Group) -> list[Scan]:
-        return [_scan(kspace, source) for kspace in LAYOUTS[layout](file, source, limits)]
+    def read(file: h5py.File, layout: str, _: h5py.Group) -> list[RawVolume]:
+        return [RawVolume(scan_of(kspace, source)) for kspace in LAYOUTS[layout](file, source, limits)]
 
     return read_scans(path, source, read)
 
 
-def _scan(kspace: np.ndarray, source: str) -> Scan:
-    """A scan of k-space `(Z, C, Y, X)`; lines that hold nothing were not acquired."""
+def scan_of(kspace: np.ndarray, source: str) -> Scan:
+    """A scan of k-space `(Z, C, Y, X)` without header; lines that hold nothing were not acquired.
+
+    Raises:
+        ReadError: If samples are missing along two directions.
+    """
     sampled = (kspace != 0).any((0, 1))  # (Y, X)
     mask = np.asarray(sampled.any(0))
     rows = np.asarray(sampled.any(1))

@@ -1,4 +1,4 @@
-"""Find the volumes of a file, folder or zip, and read them: DICOM, NIfTI, NRRD, MetaImage, NumPy and k-space.
+"""Find the volumes of a file, folder or zip, and read them: DICOM, NIfTI, NRRD, MetaImage, NumPy, MATLAB and k-space.
 
 Reading is in two steps. `probe_files` looks at headers only and `group` makes one work item of each series; `read_item`
 then reads one item and returns what failed beside what was read. `ingest` runs both steps on many machines; `read_path`
@@ -14,21 +14,28 @@ from pathlib import Path, PurePosixPath
 
 from pydicom.dataset import Dataset
 
-from omnimri.platform.data.formats import dicom, dicom_labels, dicom_reports, kspace, kspace_layouts, nifti, volumes
+from omnimri.platform.data.formats import (
+    dicom,
+    dicom_labels,
+    dicom_reports,
+    kspace,
+    kspace_layouts,
+    matlab,
+    nifti,
+    volumes,
+)  # fmt: skip
 from omnimri.platform.data.formats.records import UNREADABLE, ReadError, ReadLimits, SeriesRecord, quiet_libraries
 from omnimri.platform.data.formats.sources import Archive, Folder, Source, open_container, open_sources
 
 ANNOTATIONS_NAME = "annotations.json"
 
 VOLUME_KINDS = (
-    "dicom", "nifti", "nrrd", "metaimage", "numpy", "fastmri", "ismrmrd", *kspace_layouts.LAYOUTS,
+    "dicom", "nifti", "nrrd", "metaimage", "numpy", "fastmri", "ismrmrd", "matlab", *kspace_layouts.LAYOUTS,
 )  # fmt: skip
 """Kinds of files that hold volumes; their records carry the same word as `source_format`."""
 
-_FORMATS = "DICOM, NIfTI, NRRD, MetaImage, NumPy arrays, fastMRI, CMRxRecon and ISMRMRD HDF5"
+_FORMATS = "DICOM, NIfTI, NRRD, MetaImage, NumPy and MATLAB arrays, fastMRI, CMRxRecon and ISMRMRD HDF5"
 _HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
-_MATLAB_HDF5 = b"MATLAB 7.3 MAT-file"
-_MATLAB_OLD = b"MATLAB 5.0 MAT-file"
 _DICOM_SUFFIXES = frozenset({"", ".dcm", ".ima", ".dicom"})
 _AUXILIARY_SUFFIXES = frozenset(
     {".json", ".tsv", ".csv", ".bval", ".bvec", ".bvals", ".bvecs", ".cfg", ".txt", ".md", ".rst", ".html", ".pdf"}
@@ -70,6 +77,8 @@ class Probe:
     """Array of an archive of arrays."""
     samples: bool = False
     """The first axis of the array counts samples."""
+    matlab_array: str = ""
+    """Array to read of a MATLAB file; empty takes the only complex one."""
     companion: str = ""
     """File with the voxels of a detached header."""
     reason: str = ""
@@ -100,6 +109,8 @@ class WorkItem:
     """Array of an archive of arrays."""
     samples: bool = False
     """The first axis of the array counts samples."""
+    matlab_array: str = ""
+    """Array to read of a MATLAB file; empty takes the only complex one."""
     patient: str = ""
     study: str = ""
     series: str = ""
@@ -178,9 +189,10 @@ def _identify(container: Folder | Archive, name: str, num_bytes: int) -> Probe:
         head = stream.read(132)
     if kind := volumes.kind_of(name):
         return _volume_probe(container, name, kind, num_bytes)
-    if head.startswith(_MATLAB_OLD):
-        raise ReadError(name, "A MATLAB file of version 5, expected 7.3.", "Save it again with `save -v7.3`.")
-    if head.startswith((_HDF5_MAGIC, _MATLAB_HDF5)):
+    if head.startswith(matlab.MAGIC_OLD):
+        patient, study, series = volumes.keys(name)
+        return Probe(name=name, kind="matlab", num_bytes=num_bytes, patient=patient, study=study, series=series)
+    if head.startswith((_HDF5_MAGIC, matlab.MAGIC_HDF5)):
         with container.local([name]) as paths:
             keys = kspace.probe(paths[name], name)
         return Probe(
@@ -320,6 +332,7 @@ def _work_item(kind: str, members: list[Probe], attached: list[Probe], source: S
         prefix=source.prefix,
         member=members[0].member,
         samples=members[0].samples,
+        matlab_array=members[0].matlab_array,
         patient=members[0].patient,
         study=members[0].study,
         series=members[0].series,
@@ -347,6 +360,8 @@ def _read_local(
         return dicom.read_series([paths[name] for name in item.names], item.source, limits, labels, reports)
     if item.kind == "nifti":
         return nifti.read_nifti(first, item.source, limits, paths.get(item.sidecar))
+    if item.kind == "matlab" or (item.kind == "cmrxrecon" and item.matlab_array):
+        return matlab.read_matlab(first, item.source, limits, item.matlab_array)
     if item.kind in kspace_layouts.LAYOUTS:
         return kspace_layouts.read_layout(first, item.source, limits)
     if volumes.kind_of(first.name):

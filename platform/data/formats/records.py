@@ -89,6 +89,10 @@ class SeriesRecord:
     """Findings of a report that it localises, as `schema.BOX` has them; None: it localises none."""
     classes: list[str] | None = None
     """Findings that a report states to be present; None: it states none."""
+    noise_covariance: np.ndarray | None = None
+    """Complex `(C, C)`, of the noise in one sample of its k-space; None where its file has no noise scan."""
+    flags: tuple[str, ...] = ()
+    """What was done to it that a reader of the row should know."""
 
 
 def check_array_bytes(num_bytes: int, source: str, limits: ReadLimits) -> None:

@@ -362,11 +362,10 @@ def read_volume(
     try:
         if kind_of(path.name) == "numpy":
             volumes = _array_volumes(load_array(path, member, source, limits), samples, source)
-            affine, facts = np.eye(4), {**sidecar_facts({}, np.eye(4), PurePosixPath(source).name), "plane": None}
-        else:
-            array, affine = load(path, source, limits)
-            volumes = [array[..., v].transpose(2, 1, 0) for v in range(array.shape[3])]
-            facts = sidecar_facts({}, affine, PurePosixPath(source).name)
+            return [array_record(volume, source, index, len(volumes)) for index, volume in enumerate(volumes)], []
+        array, affine = load(path, source, limits)
+        volumes = [array[..., v].transpose(2, 1, 0) for v in range(array.shape[3])]
+        facts = sidecar_facts({}, affine, PurePosixPath(source).name)
     except ReadError as error:
         return [], [error]
     return [
@@ -383,6 +382,12 @@ def _array_volumes(array: np.ndarray, samples: bool, source: str) -> list[np.nda
     if samples and array.ndim == 3:
         return [sample[None] for sample in array]
     return list(array) if array.ndim == 4 else [array if array.ndim == 3 else array[None]]
+
+
+def array_record(volume: np.ndarray, source: str, index: int, num_volumes: int) -> SeriesRecord:
+    """Record of an image `(Z, Y, X)` without geometry: voxels of 1 mm, its plane unknown."""
+    facts = {**sidecar_facts({}, np.eye(4), PurePosixPath(source).name), "plane": None}
+    return _record(volume, np.eye(4), facts, source, index, num_volumes)
 
 
 def _record(

@@ -26,6 +26,7 @@ import nibabel as nib
 import numpy as np
 
 from omnimri.models.scan import Scan
+from omnimri.platform.data.formats import matlab
 from omnimri.platform.data.formats.facts import Facts, age_years, sex
 from omnimri.platform.data.formats.nifti import NIFTI_ERRORS
 from omnimri.platform.data.formats.records import ReadError, ReadLimits, quiet_libraries
@@ -278,11 +279,11 @@ def load_label_map(
     """A label map on the grid of its scan, uint8 `(Z, Y, X)`; stored with other axes or flips, it is turned.
 
     Args:
-        path: NIfTI, NRRD, MetaImage or NumPy.
+        path: NIfTI, NRRD, MetaImage, NumPy or MATLAB.
         scan: The volume that it labels.
         source: Name of the volume in errors.
         volume: Which label map of a file with several.
-        member: Array of a `.npz` file.
+        member: Array of a `.npz` or MATLAB file.
         is_mask: Every value but zero counts as one.
 
     Raises:
@@ -305,9 +306,9 @@ def load_label_map(
 
 def _label_voxels(path: Path, scan: Scan, source: str, volume: int, member: str) -> tuple[np.ndarray, np.ndarray]:
     """Labels `(X, Y, Z)` as stored, and their affine; the shape is checked before memory is taken where it can be."""
-    kind = kind_of(path.name)
-    if kind == "numpy":
-        array = load_array(path, member, source, ReadLimits())
+    kind = "matlab" if path.suffix.lower() == ".mat" else kind_of(path.name)
+    if kind in ("numpy", "matlab"):
+        array = (matlab.load_array if kind == "matlab" else load_array)(path, member, source, ReadLimits())
         # Samples of one slice have no slice axis; a single array has no sample axis.
         chosen = array[volume] if array.ndim == 4 or (array.ndim == 3 and scan.image.shape[0] == 1) else array
         if chosen.size != scan.image.size:

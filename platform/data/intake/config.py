@@ -52,6 +52,13 @@ class IngestConfig:
     limits: ReadLimits = field(default_factory=ReadLimits)
     max_coils: int | None = field(default=None, metadata=CHANGES_VOXELS)
     """Compress k-space of more coils to so many virtual ones; None keeps the coils as they are."""
+    prewhiten: bool = field(default=True, metadata=CHANGES_VOXELS)
+    """Whiten k-space by the noise scan of its file, before coils are compressed, and flag it; a file without noise scan
+    stays as it is. On by default, because images are combined, coils compressed and reconstructions weighed as if noise
+    were white; served models whiten uploads too."""
+    matlab_array: str | None = None
+    """Array to read of MATLAB files: complex k-space, or an image of real numbers. None takes the only complex array of
+    three or more axes, or the one that the catalogue names."""
     quality: QualityLimits = field(default_factory=QualityLimits)
     """Beyond what a volume is flagged; it is kept."""
 

@@ -47,6 +47,7 @@ def make_plan(
         items, failed = group(kept, source, label_maps=sidecars.label_maps() | label_maps)
         errors += [*refused, *left_out, *failed]
         for item in items:
+            item = dataclasses.replace(item, matlab_array=config.matlab_array or item.matlab_array)
             annotation, refusal = _annotation(sidecars, item)
             if annotation is None and not refusal:
                 annotation, refusal = layouts.annotation(source, item)

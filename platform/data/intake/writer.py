@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from omnimri.models.scan import Scan
 from omnimri.platform.data.deid import scrub, whitelisted
 from omnimri.platform.data.formats.facts import Facts
+from omnimri.platform.data.formats.prewhitening import prewhitened
 from omnimri.platform.data.formats.readers import WorkItem, read_item
 from omnimri.platform.data.formats.records import ReadError, ReadLimits, SeriesRecord
 from omnimri.platform.data.formats.sources import open_container
@@ -117,6 +118,8 @@ def _volumes(plan: PlannedItem, config: IngestConfig) -> tuple[list[SeriesRecord
         if np.ptp(record.scan.image) == 0:
             errors.append(ReadError(record.source, "A blank volume: every voxel has one value.", "Leave it out."))
             continue
+        if config.prewhiten:
+            record = prewhitened(record)
         if record.scan.kspace is not None and config.max_coils is not None:
             record = replace(record, scan=_with_fewer_coils(record.scan, config.max_coils))
         kept.append(record)
@@ -187,7 +190,8 @@ def make_row(
         **facts,
         "quality": measured,
         "flags": quality_flags(scan.image.shape, measured, quality, t1_weighted=facts["contrast"] == "T1w")
-        + face_flags(scan, facts, measured, plan),
+        + face_flags(scan, facts, measured, plan)
+        + list(record.flags),
         "fingerprint": fingerprint(scan.image, scan.affine),
         "preprocessing_version": version,
     }
