@@ -10,6 +10,7 @@ import pytest
 
 from omnimri.models.config import preset
 from omnimri.models.preprocess import Preprocess
+from omnimri.platform.data.formats.prewhitening import NOT_PREWHITENED, PREWHITENED
 from omnimri.platform.data.intake.config import IngestConfig
 from omnimri.platform.data.intake.quality import QualityLimits, quality_flags
 from omnimri.platform.data.intake.writer import INTAKE_VERSION
@@ -115,7 +116,7 @@ def test_every_flag_of_intake_can_be_named() -> None:
     values = {"snr": 0.1, "ghosting": 9.0, "cjv": 9.0}
     raised = quality_flags((2, 2, 2), values, QualityLimits(), t1_weighted=True)
     assert len(raised) == 4
-    assert set(FLAGS) == {*raised, "near copy", "face may be recognisable"}
+    assert set(FLAGS) == {*raised, "near copy", "face may be recognisable", PREWHITENED, NOT_PREWHITENED}
     assert set(DEFAULT_EXCLUDED) <= set(FLAGS)
 
 
