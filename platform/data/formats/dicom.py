@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import highdicom
 import numpy as np
 import pydicom
-from highdicom.spatial import get_series_volume_positions
+from highdicom.spatial import get_volume_positions
 from pydicom.dataset import Dataset
 from pydicom.pixels import apply_modality_lut
 from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian
@@ -49,7 +49,6 @@ _DEFLATED = b"1.2.840.10008.1.2.1.99"
 _POSITION_TOLERANCE_MM = 0.01
 _SPACING_TOLERANCE = 0.05
 """Slice gaps may differ from their mean by this share; headers round positions."""
-_ORIENTATION_TOLERANCE = 1e-3
 _LOCALISER_COSINE = 0.7
 """Stacks of one series whose normals are further apart than 45 degrees are a three-plane localiser."""
 
@@ -342,9 +341,8 @@ def _classic_volume(volume: list[Dataset]) -> highdicom.Volume:
     spacing: float | None = abs(float(thickness)) or 1.0
     order: list[int] | None = [0]
     if len(volume) > 1:
-        spacing, order = get_series_volume_positions(
-            volume, rtol=_SPACING_TOLERANCE, orientation_tol=_ORIENTATION_TOLERANCE
-        )
+        positions = [dataset.ImagePositionPatient for dataset in volume]
+        spacing, order = get_volume_positions(positions, first.ImageOrientationPatient, rtol=_SPACING_TOLERANCE)
     if spacing is None or order is None:
         raise ValueError("The slices are not regularly spaced.")
     ordered = [volume[order.index(position)] for position in range(len(volume))]

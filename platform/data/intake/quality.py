@@ -26,7 +26,7 @@ _DIETRICH = 1 / np.sqrt(2 / (4 - np.pi))
 """Noise of a magnitude image in air is Rayleigh distributed (Dietrich et al., JMRI 2007)."""
 _DARK = 0.5
 """Air is darker than this share of the foreground's median."""
-_MOST_SLICES = 16
+_MOST_SLICES = 8
 """Slices, evenly spread, on which noise, entropy and ghosts are measured: more change the values little."""
 _IN_PLANE = generate_binary_structure(2, 1)[None]
 _THUMBNAIL, _FREQUENCIES = 16, 7
