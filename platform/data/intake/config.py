@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from omnimri.platform.data.formats.records import ReadLimits
+from omnimri.platform.data.intake.deface import check_installed
 from omnimri.platform.data.intake.quality import QualityLimits
 
 
@@ -41,6 +42,16 @@ class IngestConfig:
     """Compress k-space of more coils to so many virtual ones; None keeps the coils as they are."""
     quality: QualityLimits = field(default_factory=QualityLimits)
     """Beyond what a volume is flagged; it is kept."""
+    deface: bool = False
+    """Remove the face from images of heads; needs the extra `deface`. Simulated heads keep theirs."""
+    undefaced: Literal["reject", "flag"] = "reject"
+    """What becomes, with `deface`, of a head whose face cannot be removed: k-space, no brain found, or a cut through
+    what is labelled. It is rejected into the ledger, or kept as it is under the flag that its face may show."""
+
+    @property
+    def faces_left(self) -> Literal["reject", "flag"] | None:
+        """What becomes of faces that cannot be removed; None: all are left."""
+        return self.undefaced if self.deface else None
 
     def __post_init__(self) -> None:
         if abs(sum(self.split_fractions) - 1) > 1e-6 or min(self.split_fractions) < 0:
@@ -49,3 +60,7 @@ class IngestConfig:
             raise ValueError("items_per_shard, bytes_per_shard and files_per_probe must be 1 or more.")
         if self.max_coils is not None and self.max_coils < 1:
             raise ValueError(f"max_coils must be 1 or more, or none, found {self.max_coils}.")
+        if self.undefaced not in ("reject", "flag"):
+            raise ValueError(f"undefaced must be reject or flag, found {self.undefaced}.")
+        if self.deface:
+            check_installed()

@@ -26,6 +26,7 @@ from omnimri.platform.data.catalogue.layout import Layouts
 from omnimri.platform.data.formats.records import ReadError
 from omnimri.platform.data.formats.sources import Archive, Source, open_sources
 from omnimri.platform.data.intake.config import IngestConfig
+from omnimri.platform.data.intake.deface import deidentification
 from omnimri.platform.data.intake.draft import Draft, open_draft
 from omnimri.platform.data.intake.plan import catalogued_roots, make_plan
 from omnimri.platform.data.intake.quality import near_copies
@@ -104,7 +105,7 @@ def ingest(sources: Sequence[Path], out: Path, config: IngestConfig) -> IngestSu
         nameless = [
             {"source": deid.pseudonym(key, "file", line["source"]), "reason": line["reason"]} for line in ledger
         ]
-        tables = _write_documents(draft.folder, rows, nameless, request)
+        tables = _write_documents(draft.folder, rows, nameless, request, config)
         draft.clear()
         _publish(draft.folder, out)
     return _summary(out, tables, reused=False)
@@ -230,7 +231,9 @@ def _without_near_copies(
     return [row for index, row in enumerate(rows) if index not in leaks], list(leaks.values())
 
 
-def _write_documents(folder: Path, rows: list[dict[str, Any]], ledger: list[dict[str, str]], request: str) -> dict:
+def _write_documents(
+    folder: Path, rows: list[dict[str, Any]], ledger: list[dict[str, str]], request: str, config: IngestConfig
+) -> dict[str, Any]:
     """Ledger, summary, report and, last, the manifest; returns the summary."""
     entries = [{k: v for k, v in row.items() if k not in _DRIVER_ONLY} for row in rows]
     digest = content_digest((entry["digest"], entry["split"]) for entry in entries)
@@ -245,7 +248,7 @@ def _write_documents(folder: Path, rows: list[dict[str, Any]], ledger: list[dict
         "digest": digest,
         "dataset": "+".join(datasets),
         "request": request,
-        "deidentification": deid.METHOD,
+        "deidentification": deidentification(entries, faces_removed=config.deface),
         "rows": entries,
     }
     _write_json(folder / MANIFEST_NAME, manifest)

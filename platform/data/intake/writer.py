@@ -5,10 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -16,14 +15,13 @@ import pyarrow.parquet as pq
 import torch
 
 from omnimri.models.physics import compress_coils
-from omnimri.models.scan import Scan
 from omnimri.platform.data.deid import scrub, whitelisted
-from omnimri.platform.data.formats.facts import Facts
 from omnimri.platform.data.formats.readers import WorkItem, read_item
 from omnimri.platform.data.formats.records import ReadError, ReadLimits, SeriesRecord
 from omnimri.platform.data.formats.sources import open_container
 from omnimri.platform.data.intake.annotations import Annotation, check_boxes, merge_facts, placed_boxes, read_labels
 from omnimri.platform.data.intake.config import IngestConfig
+from omnimri.platform.data.intake.deface import Faceless, face_flags, remove_face
 from omnimri.platform.data.intake.quality import QualityLimits, fingerprint, image_quality, quality_flags
 from omnimri.platform.data.schema import SCHEMA, SCHEMA_VERSION, pack_array
 
@@ -93,7 +91,11 @@ def write_shard(planned: list[PlannedItem], path: Path, config: IngestConfig) ->
                 if record.scan.kspace is not None and config.max_coils is not None:
                     kspace = compress_coils(torch.from_numpy(record.scan.kspace), config.max_coils).numpy()
                     record = replace(record, scan=replace(record.scan, kspace=kspace))
-                row, errors = make_row(record, plan, config.limits, config.quality)
+                try:
+                    row, errors = make_row(record, plan, config.limits, config.quality, undefaced=config.faces_left)
+                except ReadError as error:
+                    rejects.append(error)
+                    continue
                 rejects += errors
                 writer.write_table(pa.Table.from_pylist([row], schema=SCHEMA), row_group_size=1)
                 rows.append(manifest_entry(row, record, path.name, len(rows)))
@@ -105,13 +107,32 @@ def write_shard(planned: list[PlannedItem], path: Path, config: IngestConfig) ->
 
 
 def make_row(
-    record: SeriesRecord, plan: PlannedItem, limits: ReadLimits, quality: QualityLimits
+    record: SeriesRecord,
+    plan: PlannedItem,
+    limits: ReadLimits,
+    quality: QualityLimits,
+    *,
+    undefaced: Literal["reject", "flag"] | None = None,
 ) -> tuple[dict[str, Any], list[ReadError]]:
-    """The row of one volume, and what of its annotation did not fit."""
-    scan = record.scan
+    """The row of one volume, and what of its annotation did not fit.
+
+    Args:
+        record: The volume.
+        plan: What the driver decided about it.
+        limits: Bounds on files of label maps.
+        quality: Beyond what it is flagged.
+        undefaced: Faces are removed, and this becomes of one that cannot be; None leaves all faces.
+
+    Raises:
+        ReadError: If a face is to be removed and cannot be.
+    """
     annotation = (plan.annotation or Annotation()).of_volume(record.volume)
     label_map, label_names, boxes, errors = _fitted(annotation, record, plan.item, limits)
-    facts = whitelisted(merge_facts(scan.facts, annotation))
+    facts = whitelisted(merge_facts(record.scan.facts, annotation))
+    faceless = Faceless(record.scan, label_map, None)
+    if undefaced is not None and not plan.simulated:
+        faceless = remove_face(record, facts, label_map, label_names, boxes, undefaced=undefaced)
+    scan, label_map = faceless.scan, faceless.label_map
     measured = image_quality(scan.image, label_map, label_names)
     row = {
         "schema_version": SCHEMA_VERSION,
@@ -139,18 +160,11 @@ def make_row(
         **facts,
         "quality": measured,
         "flags": quality_flags(scan.image.shape, measured, quality, t1_weighted=facts["contrast"] == "T1w")
-        + face_flags(scan, facts, measured, plan),
+        + (faceless.flags or face_flags(scan, facts, measured, simulated=plan.simulated)),
         "fingerprint": fingerprint(scan.image, scan.affine),
-        "preprocessing_version": INTAKE_VERSION,
+        "preprocessing_version": INTAKE_VERSION + faceless.version,
     }
     return {"row_id": row_digest(row)[:16], **row}, errors
-
-
-def face_flags(scan: Scan, facts: Facts, measured: Mapping[str, float | None], plan: PlannedItem) -> list[str]:
-    """Whether a face could be made from a row: raw data of a head, or a head whose surroundings were not removed."""
-    if plan.simulated or facts["body_part"] != "brain":
-        return []
-    return ["face may be recognisable"] if scan.kspace is not None or measured["snr"] is not None else []
 
 
 def _fitted(
