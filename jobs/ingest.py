@@ -26,6 +26,12 @@ A public data set is read in its own layout when --dataset names it as `omnimri 
 dataset.json with {"catalogue": NAME} lies in its folder: patients, contrasts, label maps, diagnoses, boxes and reports
 then come from its paths and tables, and files that are not part of the layout are refused.
 
+--set deface=true removes the face from images of heads (needs the extra: pip install 'omnimri[deface]'): what lies in
+front of and below a plane 5 mm off the brain becomes zero, the grid stays. The brain is that of the volume's own label
+map (grey and white matter, or brain), else a template registered to the image. Volumes that name no body part are taken
+for heads. What cannot be defaced (k-space, no brain found, a cut through a lesion or a box) is rejected, or kept under
+a flag with --set undefaced=flag. Look at some of the result: eyelids and brow may be left, and ears are.
+
 The exit status is 0 when at least one volume was ingested. The last line says how many were rejected.
 
 Examples:
@@ -33,6 +39,7 @@ Examples:
   omnimri ingest study.zip brain.nii.gz --out shards --dataset clinic-a --licence "in-house use"
   omnimri ingest corpus/ --out shards --set split_by=hash --set items_per_shard=32
   omnimri ingest BraTS2021/ --dataset brats-2021 --out shards
+  omnimri ingest heads/ --out shards --set deface=true
 """
 
 from __future__ import annotations

@@ -78,7 +78,7 @@ def defaced(scan: Scan) -> Scan:
 def face_of(head: Head) -> np.ndarray:
     """Of the template: from the eyes down, in front of the temporal lobes."""
     _, y, z = head.mni_mm
-    return (head.tissues.sum(0) > 0.5) & (z < -45) & (y > 45)
+    return (head.tissues.sum(0) > 0.5) & (z < -50) & (y > 45)
 
 
 def canonical(scan: Scan) -> np.ndarray:
@@ -94,7 +94,7 @@ def test_the_face_is_gone_and_the_brain_untouched(head: Head, scan: Scan, deface
     changed = defaced.image != scan.image
     assert not defaced.image[changed].any()
     eyes = head.tissues[7] > 0.5
-    assert changed[eyes].mean() > 0.6
+    assert changed[eyes].mean() > 0.4  # their lower half
 
 
 def test_the_same_volume_loses_the_same_voxels_again(scan: Scan, defaced: Scan) -> None:

@@ -43,8 +43,8 @@ _SURVEY_MM = 4.0
 _MIDLINE_MM = 20.0
 _VAULT_MM = 120.0
 """Of the head, from the vertex down, that its length is measured on."""
-_FOREHEAD, _NOSE = (0.15, 0.46), (0.67, 0.87)
-"""Depths below the vertex over the head's length from front to back: 197 mm in MNI space, the nasion at 0.58."""
+_FOREHEAD, _NOSE = (0.15, 0.46), (0.72, 0.9)
+"""Depths below the vertex over the head's length from front to back: 197 mm in MNI space, the tip of the nose at 0.75."""
 _RECESS_MM = 30.0
 """Of the outline behind the forehead at the height of the nose: none in a face, 90 mm in a brain without a head."""
 _WHOLE_BRAIN = ({"brain"}, {"grey matter", "white matter"})

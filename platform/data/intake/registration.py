@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
-from skimage.filters import threshold_triangle
+from skimage.filters import threshold_otsu
 
 from omnimri.platform.data.mni152 import load_map
 
@@ -175,7 +175,9 @@ def head_points(image: np.ndarray, affine: np.ndarray) -> np.ndarray:
     Raises:
         RegistrationError: If nothing is bright.
     """
-    objects, num_objects = ndimage.label(image > threshold_triangle(image))
+    image = np.minimum(image, np.percentile(image, 99.5))
+    # Half way to Otsu's, which air that was set to zero in part does not mislead.
+    objects, num_objects = ndimage.label(image > threshold_otsu(image) / 2)
     if num_objects == 0:
         raise RegistrationError("nothing stands out from the background")
     largest = 1 + np.argmax(np.bincount(objects.ravel())[1:])
