@@ -184,9 +184,8 @@ def test_a_face_is_told_from_a_brain_and_from_a_defaced_head(head: Head, scan: S
     assert face_flags(kspace, facts, silent, simulated=False) == [FACE_FLAG]
 
 
-def test_there_is_nothing_to_remove_from_a_brain(head: Head, scan: Scan, defaced: Scan) -> None:
+def test_there_is_nothing_to_remove_from_a_brain(head: Head, scan: Scan) -> None:
     assert deface(replace(scan, image=np.where(head.brain > 0.5, scan.image, 0))) is None
-    assert deface(defaced) is None
 
 
 def test_a_shear_plane_touches_the_outline_of_a_known_shape() -> None:
@@ -194,7 +193,7 @@ def test_a_shear_plane_touches_the_outline_of_a_known_shape() -> None:
     y, z = np.meshgrid(np.linspace(-80, 80, 81), np.linspace(-80, 80, 81))
     wedge = (z > np.tan(np.deg2rad(30)) * (y - 40)) & (z < 60)
     points = np.stack([0 * y[wedge], y[wedge], z[wedge]], axis=1)
-    points = np.concatenate([points - [50, 0, 0], points + [50, 0, 0]])
+    points[::2, 0], points[1::2, 0] = -50, 50
     normal = shear_normal(points, np.array([1.0, 0, 0]))
     np.testing.assert_allclose(normal, [0, np.sin(np.deg2rad(30)), -np.cos(np.deg2rad(30))], atol=0.02)
 

@@ -44,7 +44,7 @@ _MIDLINE_MM = 20.0
 _VAULT_MM = 120.0
 """Of the head, from the vertex down, that its length is measured on."""
 _FOREHEAD, _NOSE = (0.15, 0.46), (0.72, 0.9)
-"""Depths below the vertex over the head's length from front to back: 197 mm in MNI space, the tip of the nose at 0.75."""
+"""Depths below the vertex over the head's length, 197 mm in MNI space; the tip of the nose lies at 0.75."""
 _RECESS_MM = 30.0
 """Of the outline behind the forehead at the height of the nose: none in a face, 90 mm in a brain without a head."""
 _WHOLE_BRAIN = ({"brain"}, {"grey matter", "white matter"})
@@ -210,9 +210,12 @@ def deface(
     """
     if scan.kspace is not None:
         raise DefaceError("k-space of a head: its face comes back with every reconstruction.")
-    if shows_face(scan.image, scan.affine) is False:
-        return None
-    cut, upright = _face(scan, label_map, dict(label_names or {}))
+    try:
+        cut, upright = _face(scan, label_map, dict(label_names or {}))
+    except DefaceError:
+        if shows_face(scan.image, scan.affine) is False:
+            return None
+        raise
     if not scan.image[cut].any():
         return None
     _check_annotation(cut, label_map, dict(label_names or {}), boxes or ())
