@@ -39,6 +39,12 @@ ledger. The service is shown the bearer token in OMNIMRI_DICOMWEB_TOKEN, or OMNI
 OMNIMRI_DICOMWEB_PASSWORD; REQUESTS_CA_BUNDLE names the certificate of a private authority. `--set dicomweb.FIELD=VALUE`
 sets timeouts, retries, how many series are retrieved at once, and keep_spool.
 
+--set deface=true removes the face from images of heads (needs the extra: pip install 'omnimri[deface]'): what lies in
+front of and below a plane 5 mm off the brain becomes zero, the grid stays. The brain is that of the volume's own label
+map (grey and white matter, or brain), else a template registered to the image. Volumes that name no body part are taken
+for heads. What cannot be defaced (k-space, no brain found, a cut through a lesion or a box) is rejected, or kept under
+a flag with --set undefaced=flag. Look at some of the result: eyelids and brow may be left, and ears are.
+
 The exit status is 0 when at least one volume was ingested. The last line says how many were rejected.
 
 Examples:
@@ -48,6 +54,7 @@ Examples:
   omnimri ingest BraTS2021/ --dataset brats-2021 --out shards
   omnimri ingest https://pacs.example/dicom-web --query StudyDate=20240101-20240131 --out january
   omnimri ingest incoming/ --out shards --append
+  omnimri ingest heads/ --out shards --set deface=true
 """
 
 from __future__ import annotations

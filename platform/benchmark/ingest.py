@@ -30,7 +30,6 @@ from omnimri.platform.data.formats.records import ReadLimits, SeriesRecord
 from omnimri.platform.data.formats.sources import open_sources
 from omnimri.platform.data.intake.config import IngestConfig
 from omnimri.platform.data.intake.ingest import ingest
-from omnimri.platform.data.intake.quality import QualityLimits
 from omnimri.platform.data.intake.writer import PlannedItem, make_row, write_shard
 from omnimri.platform.data.schema import SCHEMA
 
@@ -139,7 +138,7 @@ def _plain_row(volume: np.ndarray, affine: np.ndarray) -> dict[str, Any]:
         patient_key="", study_key="", series_key="",
     )  # fmt: skip
     item = WorkItem(kind="", container="", names=(), source="", num_bytes=0)
-    return make_row(record, _planned(item), ReadLimits(), QualityLimits()).values
+    return make_row(record, _planned(item), IngestConfig()).values
 
 
 def _load_dicom(paths: Sequence[Path]) -> tuple[np.ndarray, np.ndarray]:

@@ -9,25 +9,21 @@ has a systematic asymmetric part (right frontal and left occipital lobes are the
 
 from __future__ import annotations
 
-import gzip
-import importlib.util
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 from scipy import ndimage
 
 from omnimri.platform.corpus.fields import ramp, smooth_field
 from omnimri.platform.corpus.geometry import Grid, Pose
+from omnimri.platform.data.mni152 import load_map
 
 CLASSES = (
     "cerebrospinal fluid", "grey matter", "white matter", "compact bone", "marrow", "fat", "muscle", "eye",
 )  # fmt: skip
 """What a voxel is made of, besides air and lesions; the first three are those of `vocabulary.TISSUES`."""
 
-_FILES = "mni_icbm152_{}_tal_nlin_sym_09a_converted.nii.gz"
 _SHELL_SPACING_MM = 2.0
 _SHELL_PAD = 15
 """Voxels of 2 mm added around the template for skull and scalp."""
@@ -114,23 +110,13 @@ def load_template() -> Template:
     Raises:
         ValueError: If nilearn is not installed or does not hold the files.
     """
-    spec = importlib.util.find_spec("nilearn")
-    # Importing nilearn takes seconds in every worker; only its files are wanted.
-    folder = Path(spec.origin).parent / "datasets" / "data" if spec and spec.origin else Path("nilearn")
-    if not (folder / _FILES.format("t1")).is_file():
-        raise ValueError(f"{folder} does not hold the MNI152 template. Install nilearn 0.14: pip install nilearn.")
-    image, (grey, white) = _load(folder, "t1"), (_load(folder, name) for name in ("gm", "wm"))
+    image, grey, white = load_map("t1"), load_map("gm"), load_map("wm")
     brain = np.asarray(image.dataobj)[::2, ::2, ::2] > 0
     affine = np.asarray(image.affine, dtype=np.float64)
     shell_affine = affine @ np.diag([2.0, 2.0, 2.0, 1.0])
     shell_affine[:3, 3] -= _SHELL_PAD * _SHELL_SPACING_MM
     outside_mm, depth_mm = _distances(np.pad(brain, _SHELL_PAD), shell_affine)
     return Template(np.asarray(grey.dataobj), np.asarray(white.dataobj), affine, outside_mm, depth_mm, shell_affine)
-
-
-def _load(folder: Path, name: str) -> nib.Nifti1Image:
-    # In memory at once: a lazily read image would leave its file open.
-    return nib.Nifti1Image.from_bytes(gzip.decompress((folder / _FILES.format(name)).read_bytes()))
 
 
 def _distances(brain: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -34,7 +34,6 @@ from omnimri.platform.data.formats.records import ReadError, ReadLimits
 from omnimri.platform.data.formats.sources import open_sources
 from omnimri.platform.data.intake.config import IngestConfig
 from omnimri.platform.data.intake.ingest import ingest
-from omnimri.platform.data.intake.quality import QualityLimits
 from omnimri.platform.data.intake.writer import PlannedItem, make_row
 from omnimri.platform.data.schema import FACTS, unpack_array
 from omnimri.platform.data.shards import Shards, load_row
@@ -64,7 +63,7 @@ def read_as(root: Path, entry: DatasetEntry) -> tuple[list[dict[str, Any]], list
                 patient_id="p", study_id="s", series_id="r", person_id="o", item_id="i", annotation=annotation,
             )  # fmt: skip
             for record in records:
-                row = make_row(record, plan, LIMITS, QualityLimits())
+                row = make_row(record, plan, IngestConfig())
                 rows.append({**row.values, "source": record.source})
                 errors += row.misfits
     return rows, errors, patients

@@ -9,6 +9,7 @@ from typing import Literal
 
 from omnimri.platform.data.formats.dicomweb import DicomwebConfig
 from omnimri.platform.data.formats.records import ReadLimits
+from omnimri.platform.data.intake.deface import check_installed
 from omnimri.platform.data.intake.quality import QualityLimits
 
 CHANGES_VOXELS = {"changes_voxels": True}
@@ -61,6 +62,11 @@ class IngestConfig:
     three or more axes, or the one that the catalogue names."""
     quality: QualityLimits = field(default_factory=QualityLimits)
     """Beyond what a volume is flagged; it is kept."""
+    deface: bool = False
+    """Remove the face from images of heads; needs the extra `deface`. Simulated heads keep theirs."""
+    undefaced: Literal["reject", "flag"] = "reject"
+    """What becomes, with `deface`, of a head whose face cannot be removed: k-space, no brain found, or a cut through
+    what is labelled. It is rejected into the ledger, or kept as it is under the flag that its face may show."""
 
     def __post_init__(self) -> None:
         if abs(sum(self.split_fractions) - 1) > 1e-6 or min(self.split_fractions) < 0:
@@ -71,6 +77,10 @@ class IngestConfig:
             raise ValueError("overwrite replaces a corpus and append adds to it: set one of them.")
         if self.max_coils is not None and self.max_coils < 1:
             raise ValueError(f"max_coils must be 1 or more, or none, found {self.max_coils}.")
+        if self.undefaced not in ("reject", "flag"):
+            raise ValueError(f"undefaced must be reject or flag, found {self.undefaced}.")
+        if self.deface:
+            check_installed()
 
     @property
     def voxel_settings(self) -> dict[str, object]:

@@ -26,6 +26,7 @@ from omnimri.platform.data.catalogue.layout import Layouts
 from omnimri.platform.data.formats.records import ReadError
 from omnimri.platform.data.formats.sources import Archive, Source, open_sources
 from omnimri.platform.data.intake.config import IngestConfig
+from omnimri.platform.data.intake.deface import deidentification
 from omnimri.platform.data.intake.draft import Draft, open_draft
 from omnimri.platform.data.intake.former import FormerCorpus, key_check, open_former
 from omnimri.platform.data.intake.plan import catalogued_roots, make_plan
@@ -113,7 +114,7 @@ def ingest(
             shutil.rmtree(draft.folder)
             raise ValueError(f"No volume could be read: 0 ingested, {len(ledger)} rejected; reasons in {ledger_path}")
         former.link_shards(draft.folder)
-        tables = _write_documents(draft.folder, rows, ledger, requests, key)
+        tables = _write_documents(draft.folder, rows, ledger, requests, key, config)
         draft.clear()
         _publish(draft.folder, out)
     return _summary(out, tables, reused=False)
@@ -268,7 +269,12 @@ def _without_near_copies(
 
 
 def _write_documents(
-    folder: Path, rows: list[dict[str, Any]], ledger: list[dict[str, str]], requests: list[str], key: bytes
+    folder: Path,
+    rows: list[dict[str, Any]],
+    ledger: list[dict[str, str]],
+    requests: list[str],
+    key: bytes,
+    config: IngestConfig,
 ) -> dict[str, Any]:
     """Ledger without names, summary, report and, last, the manifest; returns the summary."""
     entries = [{name: value for name, value in row.items() if name != "source"} for row in rows]
@@ -286,7 +292,7 @@ def _write_documents(
         "dataset": "+".join(datasets),
         "requests": requests,
         "key_check": key_check(key),
-        "deidentification": deid.METHOD,
+        "deidentification": deidentification(entries, faces_removed=config.deface),
         "rows": entries,
     }
     _write_json(folder / MANIFEST_NAME, manifest)

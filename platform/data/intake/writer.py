@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,14 @@ import pyarrow.parquet as pq
 
 from omnimri.models.scan import Scan
 from omnimri.platform.data.deid import scrub, whitelisted
-from omnimri.platform.data.formats.facts import Facts
 from omnimri.platform.data.formats.prewhitening import prewhitened
 from omnimri.platform.data.formats.readers import WorkItem, read_item
 from omnimri.platform.data.formats.records import ReadError, ReadLimits, SeriesRecord
 from omnimri.platform.data.formats.sources import open_container
 from omnimri.platform.data.intake.annotations import Annotation, check_boxes, merge_facts, placed_boxes, read_labels
 from omnimri.platform.data.intake.config import IngestConfig
-from omnimri.platform.data.intake.quality import QualityLimits, fingerprint, image_quality, quality_flags
+from omnimri.platform.data.intake.deface import Faceless, face_flags, remove_face
+from omnimri.platform.data.intake.quality import fingerprint, image_quality, quality_flags
 from omnimri.platform.data.schema import SCHEMA, SCHEMA_VERSION, pack_array
 
 INTAKE_VERSION = "intake-3"
@@ -84,7 +83,6 @@ def write_shard(planned: list[PlannedItem], path: Path, config: IngestConfig) ->
     """
     rows: list[dict[str, Any]] = []
     rejects: list[ReadError] = []
-    version = preprocessing_version(config)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with pq.ParquetWriter(
         partial,
@@ -99,7 +97,11 @@ def write_shard(planned: list[PlannedItem], path: Path, config: IngestConfig) ->
             records, errors = _volumes(plan, config)
             rejects += errors
             for record in records:
-                row = make_row(record, plan, config.limits, config.quality, version)
+                try:
+                    row = make_row(record, plan, config)
+                except ReadError as error:
+                    rejects.append(error)
+                    continue
                 rejects += row.misfits
                 writer.write_table(pa.Table.from_pylist([row.values], schema=SCHEMA), row_group_size=1)
                 rows.append(_manifest_entry(row, record, plan, path.name, len(rows)))
@@ -149,18 +151,19 @@ class Row:
     """What of its annotation did not fit."""
 
 
-def make_row(
-    record: SeriesRecord,
-    plan: PlannedItem,
-    limits: ReadLimits,
-    quality: QualityLimits,
-    version: str = INTAKE_VERSION,
-) -> Row:
-    """The row of one volume, made by an ingest of this preprocessing version."""
-    scan = record.scan
+def make_row(record: SeriesRecord, plan: PlannedItem, config: IngestConfig) -> Row:
+    """The row of one volume.
+
+    Raises:
+        ReadError: If a face is to be removed and cannot be.
+    """
     annotation = (plan.annotation or Annotation()).of_volume(record.volume)
-    label_map, label_names, boxes, errors = _fitted(annotation, record, plan.item, limits)
-    facts = whitelisted(merge_facts(scan.facts, annotation))
+    label_map, label_names, boxes, errors = _fitted(annotation, record, plan.item, config.limits)
+    facts = whitelisted(merge_facts(record.scan.facts, annotation))
+    faceless = Faceless(record.scan, label_map, None)
+    if config.deface and not plan.simulated:
+        faceless = remove_face(record, facts, label_map, label_names, boxes, undefaced=config.undefaced)
+    scan, label_map = faceless.scan, faceless.label_map
     measured = image_quality(scan.image, label_map, label_names)
     row = {
         "schema_version": SCHEMA_VERSION,
@@ -189,24 +192,17 @@ def make_row(
         "description_origin": _json(annotation.description_origin),
         **facts,
         "quality": measured,
-        "flags": quality_flags(scan.image.shape, measured, quality, t1_weighted=facts["contrast"] == "T1w")
-        + face_flags(scan, facts, measured, plan)
+        "flags": quality_flags(scan.image.shape, measured, config.quality, t1_weighted=facts["contrast"] == "T1w")
+        + (faceless.flags or face_flags(scan, facts, measured, simulated=plan.simulated))
         + list(record.flags),
         "fingerprint": fingerprint(scan.image, scan.affine),
-        "preprocessing_version": version,
+        "preprocessing_version": preprocessing_version(config) + faceless.version,
     }
     arrays = {name: _array_digest(row[name]) for name in _ARRAYS}
     said = {name: row[name] for name in _SAID}
     digest = _digest_of(arrays, said)
     voxels = _digest_of(arrays["image"], arrays["kspace"], row["affine"])
     return Row(values={"row_id": digest[:16], **row}, digest=digest, voxels=voxels, misfits=errors)
-
-
-def face_flags(scan: Scan, facts: Facts, measured: Mapping[str, float | None], plan: PlannedItem) -> list[str]:
-    """Whether a face could be made from a row: raw data of a head, or a head whose surroundings were not removed."""
-    if plan.simulated or facts["body_part"] != "brain":
-        return []
-    return ["face may be recognisable"] if scan.kspace is not None or measured["snr"] is not None else []
 
 
 def _fitted(
