@@ -156,13 +156,16 @@ def _local_ray(num_cpus: int | None) -> Iterator[None]:
     """Start a Ray of our own and stop it."""
     # From an uninstalled tree the workers would not find the package.
     search_path = [str(Path(omnimri.__file__).parents[1]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-    variables = {**worker_environment(), "PYTHONPATH": os.pathsep.join(dict.fromkeys(filter(None, search_path)))}
-    # The operating system's own limit is enough on a laptop; Ray's monitor kills workers when other programs are large.
-    with _temp_dir() as folder, environment({"RAY_memory_monitor_refresh_ms": "0"}):
+    # Workers inherit the environment of the Ray that is started here; one of their own would cost seconds each.
+    variables = {
+        "PYTHONPATH": os.pathsep.join(dict.fromkeys(filter(None, search_path))),
+        # The operating system's own limit is enough on a laptop; Ray's monitor kills workers when others are large.
+        "RAY_memory_monitor_refresh_ms": "0",
+    }
+    with _temp_dir() as folder, environment(variables):
         ray.init(
             num_cpus=num_cpus or max(MIN_LOGICAL_CPUS, os.cpu_count() or 1),
             include_dashboard=False,
-            runtime_env={"env_vars": variables},
             _temp_dir=folder,
             **_QUIET,
         )

@@ -15,11 +15,10 @@ from itertools import product
 from typing import Any
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 from skimage.filters import threshold_otsu
+from skimage.measure import block_reduce
 
 from omnimri.platform.data.mni152 import load_map
 
@@ -223,8 +222,8 @@ def averaged(array: np.ndarray, affine: np.ndarray, spacing_mm: float) -> tuple[
     """Means over blocks of about this edge length, and the affine of the smaller grid; float32."""
     factors = np.maximum(1, np.round(spacing_mm / np.linalg.norm(affine[:3, :3], axis=0))).astype(int)
     factors = np.minimum(factors, array.shape)
-    volume = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
-    mean = F.avg_pool3d(volume[None, None], tuple(factors.tolist()))[0, 0].numpy()
+    whole = array[tuple(slice(size - size % factor) for size, factor in zip(array.shape, factors, strict=True))]
+    mean = block_reduce(whole, tuple(factors), np.mean).astype(np.float32, copy=False)
     smaller = affine @ np.diag([*factors, 1.0])
     smaller[:3, 3] = (affine @ [*(factors - 1) / 2, 1.0])[:3]
     return mean, smaller
