@@ -13,8 +13,9 @@ as fastMRI, CC-359, SKM-TEA and CMRxRecon store it; several may be given and the
 
 and appears only when it is complete. DIR.rejects.jsonl beside it names the rejected files, the reason and what to do.
 The same command again goes on where it was interrupted, or returns at once; for a DIR that holds something else give
---overwrite, or --append to add to it: what the corpus has already is not read again, its rows stay as they are, and a
-patient who is in it keeps the split.
+--overwrite, or --append to add to it: what the corpus has already is not read again (from a DICOMweb service it is
+retrieved again), its rows stay as they are, and a patient who is in it keeps the split. Settings of splits and voxels
+must be those that the corpus was made with.
 
 Patients, studies and series get keyed pseudonyms. The key is taken from OMNIMRI_DEID_KEY, else from the file DIR.key,
 which is made on first use (mode 0600): keep it apart from the data. Patients are split into train, val and test; the
@@ -45,7 +46,7 @@ map (grey and white matter, or brain), else a template registered to the image. 
 for heads. What cannot be defaced (k-space, no brain found, a cut through a lesion or a box) is rejected, or kept under
 a flag with --set undefaced=flag. Look at some of the result: eyelids and brow may be left, and ears are.
 
-The exit status is 0 when at least one volume was ingested. The last line says how many were rejected.
+The exit status is 0 when the corpus stands and holds at least one volume. The last line says how many were rejected.
 
 Examples:
   omnimri ingest corpus/ --out runs/demo/shards
@@ -130,6 +131,8 @@ def _log(uri: str, summary: IngestSummary, config: IngestConfig) -> None:
 
 def _last_line(summary: IngestSummary) -> str:
     done = "already ingested" if summary.reused else "ingested"
+    if not summary.reused and summary.num_added < summary.num_volumes:
+        done += f", {summary.num_added} of them now"
     rejected = f"{summary.num_rejected} rejected, reasons in {summary.rejects_path}"
     return f"{summary.out}: {summary.num_volumes} volumes {done}; {rejected}"
 

@@ -37,6 +37,11 @@ _SPLIT_SALT = b"omnimri split 1"
 _MIN_KEY_LENGTH = 16
 
 
+def has_key(path: Path) -> bool:
+    """Whether a pseudonym key is given, in the environment or in its file."""
+    return bool(os.environ.get(KEY_VARIABLE, "").strip()) or path.is_file()
+
+
 def load_key(path: Path) -> bytes:
     """The pseudonym key: from the environment, else from the key file, which is made (mode 0600) if it is not there.
 

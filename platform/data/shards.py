@@ -42,6 +42,8 @@ class RowRef:
     preprocessing_version: str
     """How its voxels were made of the file; see `omnimri.platform.data.intake.writer`."""
     patient_id: str
+    person_id: str
+    """The same for one person in all data sets that overlap."""
     study_id: str
     series_id: str
     source_format: str
@@ -119,10 +121,10 @@ class Shards:
         """
         if not conditions:
             return self
-        held_out = {row.patient_id for row in self.select(**conditions).rows}
+        held_out = {row.person_id for row in self.select(**conditions).rows}
         if not held_out:
             raise ValueError(f"hold_out {conditions} names no row.")
-        return Shards([row for row in self.rows if row.patient_id not in held_out], self.manifests)
+        return Shards([row for row in self.rows if row.person_id not in held_out], self.manifests)
 
     def without_flags(self, flags: Iterable[str]) -> Shards:
         """The rows that intake flagged for none of these reasons, of `FLAGS`.
@@ -246,6 +248,7 @@ def _row_ref(entry: dict[str, Any], shards: Path) -> RowRef:
     values: dict[str, Any] = {name: entry.get(name) for name in RowRef.__dataclass_fields__ if name != "path"}
     values["shape"], values["spacing_mm"] = tuple(entry["shape"]), tuple(entry["spacing_mm"])
     values["flags"] = tuple(entry["flags"])
+    values["person_id"] = entry.get("person_id") or entry["patient_id"]
     values["preprocessing_version"] = entry.get("preprocessing_version") or "unknown"
     values["has_measurements"] = entry.get("has_measurements", False)  # from schema version 3 on
     return RowRef(path=str(shards / entry["file"]), **values)

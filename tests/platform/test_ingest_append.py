@@ -127,7 +127,7 @@ def test_an_append_that_fails_leaves_the_corpus_as_it_was(tmp_path: Path, monkey
     before = splits(out)
     write(files, range(3, 6))
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_publish", lambda *_: (_ for _ in ()).throw(OSError("the disk is full")))
+        patch.setattr(module, "publish", lambda *_: (_ for _ in ()).throw(OSError("the disk is full")))
         with pytest.raises(OSError, match="full"):
             ingest([files], out, IngestConfig(append=True))
     assert splits(out) == before
@@ -135,13 +135,68 @@ def test_an_append_that_fails_leaves_the_corpus_as_it_was(tmp_path: Path, monkey
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["in", "out", "out.key", "out.rejects.jsonl"]
 
 
-def test_another_key_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_key_is_refused_and_none_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files, out = write(tmp_path / "in", range(3)), tmp_path / "out"
     ingest([files], out, IngestConfig())
     write(files, range(3, 4))
-    monkeypatch.setenv(KEY_VARIABLE, "another key of some length")
+    with monkeypatch.context() as patch:
+        patch.setenv(KEY_VARIABLE, "another key of some length")
+        with pytest.raises(ValueError, match="another pseudonym key"):
+            ingest([files], out, IngestConfig(append=True))
+    (tmp_path / "out.key").unlink()
     with pytest.raises(ValueError, match="another pseudonym key"):
         ingest([files], out, IngestConfig(append=True))
+    assert not (tmp_path / "out.key").exists()
+
+
+def test_other_settings_of_splits_or_voxels_are_refused(tmp_path: Path) -> None:
+    files, out = write(tmp_path / "in", range(3)), tmp_path / "out"
+    ingest([files], out, IngestConfig())
+    write(files, range(3, 4))
+    with pytest.raises(ValueError, match=r"made with split_by=rank \(now hash\)"):
+        ingest([files], out, IngestConfig(append=True, split_by="hash"))
+    with pytest.raises(ValueError, match="max_coils"):
+        ingest([files], out, IngestConfig(append=True, max_coils=4))
+
+
+def test_another_file_of_the_same_name_and_size_is_never_dropped_in_silence(tmp_path: Path) -> None:
+    """`scan.nii` of Monday and `scan.nii` of Tuesday: one matrix, another head."""
+    out = tmp_path / "out"
+    for day in range(2):
+        save_nifti(tmp_path / f"day{day}" / "scan.nii", random_image(day, SHAPE), oblique_affine())
+    ingest([tmp_path / "day0"], out, IngestConfig())
+    summary = ingest([tmp_path / "day1"], out, IngestConfig(append=True))
+    assert (summary.num_added, summary.num_rejected) == (0, 1)
+    assert "made of other files" in summary.rejects_path.read_text()
+
+
+def test_of_two_appends_at_once_none_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second one to finish finds that the corpus is no longer the one that it began with."""
+    files, out = write(tmp_path / "in", range(3)), tmp_path / "out"
+    january, february = write(tmp_path / "january", range(10, 13)), write(tmp_path / "february", range(20, 23))
+    ingest([files], out, IngestConfig())
+    real = module._read_and_write
+
+    def meanwhile(*arguments: object) -> object:
+        monkeypatch.setattr(module, "_read_and_write", real)
+        ingest([february], out, IngestConfig(append=True))
+        return real(*arguments)
+
+    monkeypatch.setattr(module, "_read_and_write", meanwhile)
+    with pytest.raises(ValueError, match="Run the same command again"):
+        ingest([january], out, IngestConfig(append=True))
+    assert ingest([january], out, IngestConfig(append=True)).num_volumes == 9
+
+
+def test_a_corpus_that_a_kill_caught_between_two_places_is_taken_back(tmp_path: Path) -> None:
+    files, out = write(tmp_path / "in", range(3)), tmp_path / "out"
+    ingest([files], out, IngestConfig())
+    before = splits(out)
+    out.rename(tmp_path / "out.replaced-0badcafe")
+    write(files, range(3, 5))
+    ingest([files], out, IngestConfig(append=True))
+    assert before.items() <= splits(out).items()
+    assert len(splits(out)) == 5
 
 
 def test_append_to_nothing_makes_the_corpus(tmp_path: Path) -> None:

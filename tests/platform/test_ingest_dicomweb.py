@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -164,10 +165,24 @@ def test_what_fails_or_is_broken_is_a_line_of_the_ledger(archive: Archive, tmp_p
     lines = {line["source"].split("/")[1]: line for line in ledger(out)}
     assert set(lines) == {failing, broken}
     assert lines[failing]["reason"] == "The series was not retrieved. The service answers with HTTP status 500."
-    assert lines[failing]["hint"] == "The same command with --overwrite tries again."
+    assert lines[failing]["hint"] == "The same command with --append tries again."
     assert f"and {NUM_SLICES - 1} more" in lines[broken]["source"]
     assert not [word for word in ("H0", "H1", "H2", "Doe") if word in json.dumps(list(lines.values()))]
     assert not [uid for uid in archive.files if uid in everything_written(out)]
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_what_failed_comes_with_append_when_the_service_is_well_again(archive: Archive, tmp_path: Path) -> None:
+    failing = min(mr_series(archive))
+    archive.statuses[failing] = [-500]
+    assert ingest_dicomweb(archive.url, tmp_path / "out", EVERYTHING, CONFIG).num_volumes == NUM_SERIES - 1
+    archive.statuses[failing] = []
+    again = replace(CONFIG, append=True)
+    summary = ingest_dicomweb(archive.url, tmp_path / "out", EVERYTHING, again)
+    assert (summary.num_volumes, summary.num_added, summary.num_rejected) == (NUM_SERIES, 1, 0)
+    archive.retrieved.clear()
+    assert ingest_dicomweb(archive.url, tmp_path / "out", EVERYTHING, again).reused
+    assert archive.retrieved == []
 
 
 @pytest.mark.usefixtures("ray_cluster")

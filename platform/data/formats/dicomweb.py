@@ -61,7 +61,8 @@ class DicomwebConfig:
     timeout_s: float = 60.0
     """To connect, and without a byte from the service."""
     keep_spool: bool = False
-    """Keep the retrieved files beside the corpus, so that another ingest retrieves only what is new."""
+    """Keep the retrieved files beside the corpus, so that the same query later retrieves only what is new; another
+    query begins anew."""
 
     def __post_init__(self) -> None:
         if min(self.page_size, self.series_at_once, self.attempts) < 1:

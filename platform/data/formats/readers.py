@@ -79,6 +79,8 @@ class Probe:
     """The first axis of the array counts samples."""
     matlab_array: str = ""
     """Array to read of a MATLAB file; empty takes the only complex one."""
+    mark: str = ""
+    """Differs between files of one name and other content."""
     companion: str = ""
     """File with the voxels of a detached header."""
     reason: str = ""
@@ -111,6 +113,8 @@ class WorkItem:
     """The first axis of the array counts samples."""
     matlab_array: str = ""
     """Array to read of a MATLAB file; empty takes the only complex one."""
+    mark: str = ""
+    """Differs between series of one name and other content; that of a DICOM series is its instances."""
     patient: str = ""
     study: str = ""
     series: str = ""
@@ -161,7 +165,9 @@ def _members(container: Folder | Archive, probe: Probe) -> list[Probe]:
 
 def _probe(container: Folder | Archive, name: str, num_bytes: int) -> Probe:
     try:
-        return _identify(container, name, num_bytes)
+        probe = _identify(container, name, num_bytes)
+        is_volume = probe.kind in VOLUME_KINDS and not probe.instance
+        return replace(probe, mark=container.mark(name)) if is_volume else probe
     except ReadError as error:
         # Refused instances of one series, and one reason, become one line of the ledger.
         return Probe(name=name, kind="rejected", reason=error.reason, hint=error.hint, num_bytes=num_bytes)
@@ -333,6 +339,7 @@ def _work_item(kind: str, members: list[Probe], attached: list[Probe], source: S
         member=members[0].member,
         samples=members[0].samples,
         matlab_array=members[0].matlab_array,
+        mark=" ".join(sorted(probe.instance or probe.mark for probe in (*members, *attached))),
         patient=members[0].patient,
         study=members[0].study,
         series=members[0].series,

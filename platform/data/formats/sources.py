@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import shutil
 import stat
@@ -15,6 +16,7 @@ from typing import BinaryIO
 
 from omnimri.platform.data.formats.records import ReadError, ReadLimits
 
+_MARK_BYTES = 65536
 _RATIO_FREE_BYTES = 2**20
 """Members smaller than this may compress as well as they like: an empty mask does."""
 
@@ -49,6 +51,15 @@ class Folder:
     def open(self, name: str) -> BinaryIO:
         """One file for reading."""
         return (self.path / name).open("rb")
+
+    def mark(self, name: str) -> str:
+        """Differs between files of other content, as far as their size, beginning and end tell."""
+        with self.open(name) as stream:
+            digest = hashlib.sha256(stream.read(_MARK_BYTES))
+            size = stream.seek(0, os.SEEK_END)
+            stream.seek(max(0, size - _MARK_BYTES))
+            digest.update(stream.read(_MARK_BYTES))
+        return f"{size}-{digest.hexdigest()}"
 
     @contextlib.contextmanager
     def local(self, names: Iterable[str]) -> Iterator[dict[str, Path]]:
@@ -85,6 +96,7 @@ class Archive:
             )
         _check_members(path.name, members, limits)
         self._sizes = {info.filename: info.file_size for info in members if not _is_hidden(info.filename)}
+        self._marks = {info.filename: f"{info.file_size}-{info.CRC:08x}" for info in members}
 
     def names(self) -> dict[str, int]:
         """Name of every member and its unpacked bytes."""
@@ -93,6 +105,10 @@ class Archive:
     def holds(self, name: str) -> bool:
         """Whether a member of that name is there."""
         return name in self._sizes
+
+    def mark(self, name: str) -> str:
+        """Differs between members of other content: size and checksum of the directory."""
+        return self._marks[name]
 
     @contextlib.contextmanager
     def open(self, name: str) -> Iterator[BinaryIO]:

@@ -21,7 +21,7 @@ def log_corpus(tracker: Tracker, corpus: Path) -> None:
     manifest = json.loads((corpus / MANIFEST_NAME).read_text(encoding="utf-8"))
     summary = json.loads((corpus / SUMMARY_NAME).read_text(encoding="utf-8"))
     tracker.log_dataset(manifest["dataset"], manifest["digest"], str(corpus), "ingest")
-    tracker.set_tags({"data_digest": manifest["digest"], "deidentification": manifest["deidentification"]})
+    tracker.set_tags({"data_digest": manifest["digest"], "deidentification": json.dumps(manifest["deidentification"])})
     tracker.log_metrics({**summary["total"], "rejected": sum(summary["rejected"].values())})
     for name in (REPORT_NAME, SUMMARY_NAME, REJECTS_NAME):
         tracker.log_artifact(corpus / name, folder=FOLDER)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from omnimri.platform.data.intake.publish import is_corpus
 from omnimri.platform.data.intake.writer import ShardReport
 from omnimri.platform.data.shards import SHARDS_FOLDER
 
@@ -78,6 +79,9 @@ def open_draft(out: Path, request: str, *, first_shard: int = 0) -> Iterator[Dra
 
 
 def _remove_abandoned(folder: Path) -> None:
+    if is_corpus(folder):  # finished, and killed before it was published
+        shutil.rmtree(folder)
+        return
     with contextlib.suppress(FileNotFoundError), (folder / _LOCK_NAME).open() as lock:
         if try_lock(lock.fileno()):
             shutil.rmtree(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections import Counter, defaultdict
@@ -15,8 +16,11 @@ from typing import Any
 from omnimri.platform.data import deid
 from omnimri.platform.data.catalogue.entries import overlap_group
 from omnimri.platform.data.formats.records import ReadError
+from omnimri.platform.data.intake.config import IngestConfig
 from omnimri.platform.data.intake.writer import INTAKE_VERSION, PlannedItem
 from omnimri.platform.data.shards import MANIFEST_NAME, SHARDS_FOLDER
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -30,18 +34,21 @@ class FormerCorpus:
     """Manifest entries."""
     ledger: list[dict[str, str]] = field(default_factory=list)
     """Lines of the reject ledger, with the names of files."""
+    key: bytes | None = None
+    """That its pseudonyms were made with."""
 
     @cached_property
     def splits(self) -> dict[str, str]:
-        """Pseudonym of a person to the split it is in."""
-        return {row["person_id"]: row["split"] for row in self.rows}
+        """Pseudonym of a person, and of each patient that the person is in some data set, to the split."""
+        return {row[name]: row["split"] for row in self.rows for name in ("person_id", "patient_id")}
 
     @cached_property
     def split_counts(self) -> dict[str, Counter[str]]:
-        """Persons in every split, by overlap group of data sets."""
+        """Persons that were drawn into every split, by overlap group of data sets."""
         persons: dict[str, dict[str, str]] = defaultdict(dict)
         for row in self.rows:
-            persons[overlap_group(row["dataset"])][row["person_id"]] = row["split"]
+            if row["split_origin"] == "drawn":
+                persons[overlap_group(row["dataset"])][row["person_id"]] = row["split"]
         return {group: Counter(of_person.values()) for group, of_person in persons.items()}
 
     @property
@@ -52,11 +59,15 @@ class FormerCorpus:
 
     def without_known(self, planned: Sequence[PlannedItem]) -> tuple[list[PlannedItem], list[ReadError]]:
         """The items that are new, and a refusal for every series that is there already but was of other files."""
-        items = {row["series_id"]: row["item_id"] for row in self.rows}
+        items: dict[str, set[str]] = defaultdict(set)
+        for row in self.rows:
+            items[row["series_id"]].add(row["item_id"])
         new = [plan for plan in planned if plan.series_id not in items]
-        changed = [plan for plan in planned if items.get(plan.series_id, plan.item_id) != plan.item_id]
-        reason = "The corpus has this series already, made of other files."
-        hint = "To take the files as they are now, make the corpus anew with --overwrite."
+        changed = [plan for plan in planned if plan.series_id in items and plan.item_id not in items[plan.series_id]]
+        if self.folder is not None:
+            logger.info("%d of %d series are in the corpus already", len(planned) - len(new), len(planned))
+        reason = "The corpus has a series of this name already, made of other files."
+        hint = "If it is another series, rename it; to take it as it is now, make the corpus anew with --overwrite."
         return new, [ReadError(plan.item.source, reason, hint) for plan in changed]
 
     def link_shards(self, folder: Path) -> None:
@@ -69,12 +80,12 @@ class FormerCorpus:
                 _link_or_copy(shard, target)
 
 
-def open_former(out: Path, ledger_path: Path, key: bytes) -> FormerCorpus:
+def open_former(out: Path, ledger_path: Path, config: IngestConfig) -> FormerCorpus:
     """The corpus in a folder, for more to be appended.
 
     Raises:
-        ValueError: If it was made under another key or by another version of ingest: its patients would not be known
-            again, or its rows would not be of one kind.
+        ValueError: If it was made under another key, by another version of ingest, or with other settings: its patients
+            would not be known again, or its rows would not be of one kind.
     """
     manifest = json.loads((out / MANIFEST_NAME).read_text(encoding="utf-8"))
     if manifest["intake_version"] != INTAKE_VERSION:
@@ -82,13 +93,31 @@ def open_former(out: Path, ledger_path: Path, key: bytes) -> FormerCorpus:
             f"--append: {out} was made by {manifest['intake_version']}, this is {INTAKE_VERSION}. Make it anew with "
             "--overwrite."
         )
+    asked = kept_settings(config)
+    if other := [name for name, value in manifest["settings"].items() if asked.get(name) != value]:
+        differing = ", ".join(f"{name}={manifest['settings'][name]} (now {asked.get(name)})" for name in other)
+        raise ValueError(f"--append: {out} was made with {differing}. Set the same, or make it anew with --overwrite.")
+    key_path = out.with_name(f"{out.name}.key")
+    key = deid.load_key(key_path) if deid.has_key(key_path) else b""
     if manifest["key_check"] != key_check(key):
         raise ValueError(
             f"--append: {out} was made under another pseudonym key. Put its key into {deid.KEY_VARIABLE} or "
-            f"{out}.key, or patients who are in it would not be known again."
+            f"{key_path}, or patients who are in it would not be known again."
         )
     lines = ledger_path.read_text(encoding="utf-8").splitlines() if ledger_path.is_file() else []
-    return FormerCorpus(out, tuple(manifest["requests"]), manifest["rows"], [json.loads(line) for line in lines])
+    return FormerCorpus(out, tuple(manifest["requests"]), manifest["rows"], [json.loads(line) for line in lines], key)
+
+
+def kept_settings(config: IngestConfig) -> dict[str, Any]:
+    """The settings that must be the same for all that is in one corpus."""
+    return {
+        "seed": config.seed,
+        "split_by": config.split_by,
+        "split_fractions": list(config.split_fractions),
+        "deface": config.deface,
+        "undefaced": config.undefaced,
+        "voxels": config.voxel_settings,
+    }
 
 
 def key_check(key: bytes) -> str:

@@ -13,7 +13,6 @@ import hashlib
 import json
 import logging
 import os
-import secrets
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -28,8 +27,9 @@ from omnimri.platform.data.formats.sources import Archive, Source, open_sources
 from omnimri.platform.data.intake.config import IngestConfig
 from omnimri.platform.data.intake.deface import deidentification
 from omnimri.platform.data.intake.draft import Draft, open_draft
-from omnimri.platform.data.intake.former import FormerCorpus, key_check, open_former
+from omnimri.platform.data.intake.former import FormerCorpus, kept_settings, key_check, open_former
 from omnimri.platform.data.intake.plan import catalogued_roots, make_plan
+from omnimri.platform.data.intake.publish import is_corpus, publish, requests_of, restore
 from omnimri.platform.data.intake.quality import near_copies
 from omnimri.platform.data.intake.report import write_report
 from omnimri.platform.data.intake.summary import REJECTS_NAME, SUMMARY_NAME, summarise
@@ -40,6 +40,9 @@ from omnimri.platform.data.shards import MANIFEST_NAME, content_digest
 
 logger = logging.getLogger(__name__)
 
+INCOMPLETE = ":incomplete"
+"""After a request in the manifest: something that was asked for has not come."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class IngestSummary:
@@ -47,6 +50,9 @@ class IngestSummary:
 
     out: Path
     num_volumes: int
+    """Of the whole corpus."""
+    num_added: int
+    """By this ingest; none where the same was asked for before."""
     num_rejected: int
     """Lines of the reject ledger."""
     digest: str
@@ -68,6 +74,7 @@ def ingest(
     *,
     request: str | None = None,
     refused: Sequence[ReadError] = (),
+    complete: bool = True,
 ) -> IngestSummary:
     """Read sources into a corpus folder that appears as a whole or not at all.
 
@@ -84,24 +91,26 @@ def ingest(
         config: How.
         request: Names what was asked for where the files themselves do not, since they are copies that will go.
         refused: What failed before there were files; joins the ledger.
+        complete: Whether all files are there that were asked for. If not, the same request can be appended again.
 
     Raises:
         FileNotFoundError: If a source does not exist.
         ValueError: If `out` is in the way, a source is named twice, or no volume could be read.
     """
     out = out.absolute()
+    restore(out)
     opened, errors = open_sources(sources, config.limits)
     layouts = Layouts(opened, catalogued_roots(opened, config), config.limits)
     files = _fingerprint(opened, config, layouts)
     request = request or files
     if (done := existing(out, request, config)) is not None:
         return done
-    key = deid.load_key(out.with_name(f"{out.name}.key"))
     ledger_path = out.with_name(f"{out.name}.{REJECTS_NAME}")
-    former = open_former(out, ledger_path, key) if config.append and _is_corpus(out) else FormerCorpus()
+    former = open_former(out, ledger_path, config) if config.append and is_corpus(out) else FormerCorpus()
+    key = former.key or deid.load_key(_key_path(out))
     planned, unplanned = make_plan(opened, layouts, key, config, former)
     planned, changed = former.without_known(planned)
-    requests = [*former.requests, request]
+    requests = [*former.requests, request if complete else f"{request}{INCOMPLETE}"]
     with open_draft(out, deid.pseudonym(key, "draft", *former.requests, files), first_shard=former.num_shards) as draft:
         rows, rejects = _read_and_write(planned, draft, config)
         rows, duplicates = _without_duplicates([*former.rows, *rows])
@@ -116,15 +125,20 @@ def ingest(
         former.link_shards(draft.folder)
         tables = _write_documents(draft.folder, rows, ledger, requests, key, config)
         draft.clear()
-        _publish(draft.folder, out)
-    return _summary(out, tables, reused=False)
+        publish(draft.folder, out, former.requests if former.folder else None)
+    return _summary(out, tables, num_added=len(rows) - len(former.rows), reused=False)
+
+
+def _key_path(out: Path) -> Path:
+    return out.with_name(f"{out.name}.key")
 
 
 def _ledger(former: FormerCorpus, rejects: list[dict[str, str]], rows: list[dict[str, Any]]) -> list[dict[str, str]]:
     """Lines in a fixed order, each once, without the former lines of what could be read by now."""
     read = {row.get("source") for row in rows}
-    lines = [*rejects, *(line for line in former.ledger if line["source"] not in read)]
-    return [dict(line) for line in sorted({tuple(line.items()) for line in lines})]
+    former_lines = [line for line in former.ledger if line["source"] not in read]
+    lines = {(line["source"], line["reason"]): line for line in [*former_lines, *rejects]}
+    return [lines[said] for said in sorted(lines)]
 
 
 def _fingerprint(sources: Sequence[Source], config: IngestConfig, layouts: Layouts) -> str:
@@ -146,10 +160,6 @@ def result_settings(config: IngestConfig) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name not in ("overwrite", "append", "dicomweb")}
 
 
-def _is_corpus(out: Path) -> bool:
-    return (out / MANIFEST_NAME).is_file()
-
-
 def existing(out: Path, request: str, config: IngestConfig) -> IngestSummary | None:
     """The finished result of the same request, or None where the way is free.
 
@@ -158,19 +168,19 @@ def existing(out: Path, request: str, config: IngestConfig) -> IngestSummary | N
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
-    if not _is_corpus(out):
+    if not is_corpus(out):
         raise ValueError(f"--out {out} holds files that are no corpus. Name another folder.")
     if config.overwrite:
         return None
-    requests = json.loads((out / MANIFEST_NAME).read_text(encoding="utf-8")).get("requests", [])
+    requests = requests_of(out)
     if config.append and request not in requests:
         return None
-    if not config.append and requests != [request]:
+    if not config.append and [asked.removesuffix(INCOMPLETE) for asked in requests] != [request]:
         raise ValueError(
             f"--out {out} holds another corpus. Name another folder, add to it with --append, or replace it with "
             "--overwrite."
         )
-    return _summary(out, json.loads((out / SUMMARY_NAME).read_text(encoding="utf-8")), reused=True)
+    return _summary(out, json.loads((out / SUMMARY_NAME).read_text(encoding="utf-8")), num_added=0, reused=True)
 
 
 def _read_and_write(
@@ -291,6 +301,7 @@ def _write_documents(
         "digest": digest,
         "dataset": "+".join(datasets),
         "requests": requests,
+        "settings": kept_settings(config),
         "key_check": key_check(key),
         "deidentification": deidentification(entries, faces_removed=config.deface),
         "rows": entries,
@@ -299,24 +310,16 @@ def _write_documents(
     return tables
 
 
-def _summary(out: Path, tables: dict[str, Any], *, reused: bool) -> IngestSummary:
+def _summary(out: Path, tables: dict[str, Any], *, num_added: int, reused: bool) -> IngestSummary:
     return IngestSummary(
         out=out,
         num_volumes=tables["total"]["volumes"],
+        num_added=num_added,
         num_rejected=sum(tables["rejected"].values()),
         digest=tables["digest"],
         tables=tables,
         reused=reused,
     )
-
-
-def _publish(partial: Path, out: Path) -> None:
-    """Put the finished folder in its place; a corpus that is replaced goes only when the new one stands."""
-    former = out.with_name(f"{out.name}.replaced-{secrets.token_hex(4)}")
-    if out.exists():
-        out.rename(former)
-    partial.rename(out)
-    shutil.rmtree(former, ignore_errors=True)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

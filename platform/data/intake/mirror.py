@@ -62,10 +62,11 @@ def ingest_dicomweb(url: str, out: Path, query: SeriesQuery, config: IngestConfi
         with open_spool(out, keep=config.dicomweb.keep_spool) as spool:
             spool.keep_only(listed)
             refused = mirror(service, listed, spool)
+            complete = not refused
             if num_invalid:
                 reason = f"{num_invalid} studies or series without a valid UID."
                 refused.append(ReadError("search", reason, "Correct them in the archive."))
-            return ingest([spool.folder], out, config, request=request, refused=refused)
+            return ingest([spool.folder], out, config, request=request, refused=refused, complete=complete)
 
 
 def _request(listed: Sequence[RemoteSeries], config: IngestConfig) -> str:
@@ -171,7 +172,7 @@ def _fetch(service: Service, series: RemoteSeries, spool: Spool) -> int | ReadEr
             raise
         if error.kind == "unreachable":
             service.check_reachable()
-        hint = "The same command with --overwrite tries again."
+        hint = "The same command with --append tries again."
         return ReadError(f"{series.study}/{series.series}", f"The series was not retrieved. {error}.", hint)
 
 

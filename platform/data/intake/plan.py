@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -30,17 +30,70 @@ logger = logging.getLogger(__name__)
 UNNAMED_DATASET = "unnamed"
 
 
+@dataclass(frozen=True, kw_only=True)
+class DatasetCard:
+    """What a data set says of itself."""
+
+    name: str
+    licence: str | None
+    simulated: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    """A series with what lies around it says. Holds raw identifiers."""
+
+    item: WorkItem
+    annotation: Annotation | None
+    card: DatasetCard
+    stated_split: str | None
+    """Official split, None where there is none."""
+
+    @property
+    def patient(self) -> tuple[str, str]:
+        """Data set and raw patient key; what the annotation says wins, so that a participant's series stay together."""
+        return self.card.name, (self.annotation.participant_id if self.annotation else "") or self.item.patient
+
+    @property
+    def person(self) -> tuple[str, str]:
+        """The same for one person in all data sets that overlap."""
+        dataset, patient = self.patient
+        return overlap_group(dataset), patient
+
+
 def make_plan(
     sources: Sequence[Source], layouts: Layouts, key: bytes, config: IngestConfig, former: FormerCorpus
 ) -> tuple[list[PlannedItem], list[ReadError]]:
     """Probe every file, group series, and decide pseudonyms and splits. Raw identifiers end here.
 
-    A person of the former corpus keeps the split.
+    A person of the former corpus keeps the split; what another data set holds out of that person is refused.
     """
-    probes = _probe_all(sources, config)
-    found: list[tuple[WorkItem, Annotation | None, DatasetCard, str | None]] = []
+    found, errors = _find(sources, layouts, config)
+    known = _known_splits(found, key, former)
+    errors += [_held_out_error(series, known[series.person]) for series in found if _is_held_out(series, known)]
+    found = [series for series in found if not _is_held_out(series, known)]
+    persons = [series.person for series in found]
+    official = official_splits(persons, [series.stated_split for series in found])
+    splits = official | known
+    splits |= deid.assign_splits(
+        [person for person in persons if person not in splits],
+        config.split_fractions,
+        seed=config.seed,
+        by="rank" if config.split_by == "official" else config.split_by,
+        counts=former.split_counts,
+    )
+    if config.split_by == "official" and not official:
+        logger.warning("split_by=official, but no series has a stated split: all patients are drawn")
+    planned = [_planned(series, key, splits[series.person], series.person in official) for series in found]
+    logger.info("found %d series of %d patients", len(planned), len({series.patient for series in found}))
+    return planned, errors
+
+
+def _find(sources: Sequence[Source], layouts: Layouts, config: IngestConfig) -> tuple[list[_Found], list[ReadError]]:
+    """Every series in a fixed order, and what was refused."""
+    found: list[_Found] = []
     errors: list[ReadError] = []
-    for source, probed in zip(sources, probes, strict=True):
+    for source, probed in zip(sources, _probe_all(sources, config), strict=True):
         sidecars, refused = parse_sidecars(_contents(source, (ANNOTATIONS_NAME,)), source.prefix)
         cards = _dataset_cards(source)
         kept, label_maps, left_out = layouts.place(source, probed)
@@ -55,40 +108,49 @@ def make_plan(
             entry = layouts.entry_of(source.prefix + item.names[0])
             stated, refusal = _official_split(layouts, source, item, config)
             errors += refusal
-            found.append((item, annotation, _card_of(item, cards, config, entry), stated))
-    found.sort(key=lambda entry: (entry[0].source, entry[0].series))
-    patients = [(card.name, _patient(item, annotation)) for item, annotation, card, _ in found]
-    persons = [(overlap_group(dataset), patient) for dataset, patient in patients]
-    person_ids = {person: deid.pseudonym(key, "person", *person) for person in persons}
-    official = official_splits(persons, [stated for *_, stated in found])
-    known = {person: former.splits[name] for person, name in person_ids.items() if name in former.splits}
-    splits = official | known
-    splits |= deid.assign_splits(
-        [person for person in persons if person not in splits],
-        config.split_fractions,
-        seed=config.seed,
-        by="rank" if config.split_by == "official" else config.split_by,
-        counts=former.split_counts,
+            card = _card_of(item, cards, config, entry)
+            found.append(_Found(item=item, annotation=annotation, card=card, stated_split=stated))
+    return sorted(found, key=lambda series: (series.item.source, series.item.series)), errors
+
+
+def _known_splits(found: Sequence[_Found], key: bytes, former: FormerCorpus) -> dict[tuple[str, str], str]:
+    """Splits of the persons who are in the former corpus, as a person or as a patient of the same data set."""
+    known: dict[tuple[str, str], str] = {}
+    for series in found:
+        names = (deid.pseudonym(key, "person", *series.person), deid.pseudonym(key, "patient", *series.patient))
+        for name in names:
+            if name in former.splits:
+                known.setdefault(series.person, former.splits[name])
+    return known
+
+
+def _is_held_out(series: _Found, known: Mapping[tuple[str, str], str]) -> bool:
+    """Whether the data set holds a series out of what its person is used for already."""
+    split = known.get(series.person)
+    return bool(split and series.stated_split) and deid.SPLITS.index(series.stated_split) > deid.SPLITS.index(split)
+
+
+def _held_out_error(series: _Found, split: str) -> ReadError:
+    reason = f"Its data set puts the patient into {series.stated_split}, who is in {split} of the corpus already."
+    return ReadError(series.item.source, reason, "Make the corpus anew with --overwrite, of all data sets at once.")
+
+
+def _planned(series: _Found, key: bytes, split: str, is_official: bool) -> PlannedItem:
+    item, annotation, patient = series.item, series.annotation, series.patient
+    return PlannedItem(
+        item=dataclasses.replace(item, patient="", study="", series="", mark=""),
+        dataset=series.card.name,
+        licence=series.card.licence,
+        simulated=series.card.simulated,
+        split=split,
+        split_origin=_split_origin(series.stated_split, split if is_official else None),
+        patient_id=deid.pseudonym(key, "patient", *patient),
+        study_id=deid.pseudonym(key, "study", *patient, item.study),
+        series_id=deid.pseudonym(key, "series", *patient, item.kind, item.series),
+        person_id=deid.pseudonym(key, "person", *series.person),
+        item_id=deid.pseudonym(key, "files", item.mark, item.member),
+        annotation=annotation and dataclasses.replace(annotation, participant_id=""),
     )
-    planned = [
-        PlannedItem(
-            item=dataclasses.replace(item, patient="", study="", series=""),
-            dataset=card.name,
-            licence=card.licence,
-            simulated=card.simulated,
-            split=splits[person],
-            split_origin=_split_origin(stated, splits[person] if person in official else None),
-            patient_id=deid.pseudonym(key, "patient", *patient),
-            study_id=deid.pseudonym(key, "study", *patient, item.study),
-            series_id=deid.pseudonym(key, "series", *patient, item.kind, item.series),
-            person_id=person_ids[person],
-            item_id=deid.pseudonym(key, "files", str(item.num_bytes), *item.names),
-            annotation=annotation and dataclasses.replace(annotation, participant_id=""),
-        )
-        for (item, annotation, card, stated), patient, person in zip(found, patients, persons, strict=True)
-    ]
-    logger.info("found %d series of %d patients", len(planned), len(set(patients)))
-    return planned, errors
 
 
 def _official_split(
@@ -123,25 +185,11 @@ def _split_origin(stated: str | None, split: str | None) -> str:
     return "official" if stated in (None, split) else "moved"
 
 
-def _patient(item: WorkItem, annotation: Annotation | None) -> str:
-    """The raw patient key: what the annotation says wins, so that all series of a participant stay together."""
-    return (annotation.participant_id if annotation else "") or item.patient
-
-
 def _annotation(sidecars: Sidecars, item: WorkItem) -> tuple[Annotation | None, list[ReadError]]:
     try:
         return sidecars.find(item.names), []
     except ValueError as error:
         return None, [ReadError(item.source, f"Its annotation is not valid: {error}.", "The volume was kept.")]
-
-
-@dataclass(frozen=True, kw_only=True)
-class DatasetCard:
-    """What a data set says of itself."""
-
-    name: str
-    licence: str | None
-    simulated: bool
 
 
 def _dataset_cards(source: Source) -> dict[str, DatasetCard]:

@@ -14,8 +14,8 @@ from itertools import combinations
 
 import numpy as np
 from scipy.fft import dctn
-from scipy.ndimage import binary_dilation, binary_opening, generate_binary_structure, label
-from skimage.filters import threshold_triangle
+from scipy.ndimage import grey_opening, label, maximum_filter
+from skimage.filters import threshold_otsu, threshold_triangle
 from skimage.transform import resize_local_mean
 
 from omnimri.models.geometry import to_canonical
@@ -28,7 +28,6 @@ _DARK = 0.5
 """Air is darker than this share of the foreground's median."""
 _MOST_SLICES = 8
 """Slices, evenly spread, on which noise, entropy and ghosts are measured: more change the values little."""
-_IN_PLANE = generate_binary_structure(2, 1)[None]
 _THUMBNAIL, _FREQUENCIES = 16, 7
 _NUM_BITS, _NUM_BANDS = 256, 16
 _BIT_ORDER = np.random.default_rng(0).permutation(_NUM_BITS)
@@ -76,15 +75,16 @@ def image_quality(
     some = image[np.linspace(0, len(image) - 1, min(len(image), _MOST_SLICES)).round().astype(int)]
     if np.ptp(some) == 0:
         return values
-    head = _foreground(some)
-    air = ~binary_dilation(head, _IN_PLANE, iterations=2)
+    head = _foreground(some, threshold_triangle(some))
+    air = maximum_filter(head.view(np.uint8), size=(1, 5, 5)) == 0
     values["efc"] = entropy_focus(some)
     signal = float(np.median(some[head])) if head.any() else 0.0
     if found := _air_and_noise(some[air], signal):
         level, noise = found
         values["snr"] = float(_DIETRICH * signal / noise)
         values["fber"] = (signal / level) ** 2
-        values["ghosting"] = max(ghost_to_signal(some, head, axis, signal) for axis in (1, 2))
+        bright = _foreground(some, threshold_otsu(some))  # a ghost stands out from air, but not so far
+        values["ghosting"] = max(ghost_to_signal(some, bright, axis) for axis in (1, 2))
     return values
 
 
@@ -109,26 +109,26 @@ def entropy_focus(image: np.ndarray) -> float:
     return float(entropy / largest)
 
 
-def ghost_to_signal(image: np.ndarray, head: np.ndarray, axis: int, signal: float) -> float:
+def ghost_to_signal(image: np.ndarray, head: np.ndarray, axis: int) -> float:
     """Ghost-to-signal ratio (Giannelli et al., JMRI 2010): what lies half a field of view away, less the background.
 
     Args:
         image: Magnitudes `(Z, Y, X)`.
         head: True in the foreground.
         axis: Phase encoding.
-        signal: Median of the foreground.
     """
     ghost = np.roll(head, head.shape[axis] // 2, axis=axis) & ~head
     rest = ~ghost & ~head
     if not ghost.any() or not rest.any():
         return 0.0
-    return float((image[ghost].mean() - image[rest].mean()) / signal)
+    return float((image[ghost].mean() - image[rest].mean()) / np.median(image[head]))
 
 
-def _foreground(image: np.ndarray) -> np.ndarray:
-    """Above the foot of the histogram's largest peak, which is air in most volumes; without specks and holes."""
-    opened = binary_opening(image > threshold_triangle(image), _IN_PLANE)
-    return np.stack([~_open_to_the_border(~section) for section in opened])
+def _foreground(image: np.ndarray, threshold: float) -> np.ndarray:
+    """What is brighter, without specks and holes; the triangle is the foot of the largest peak, which mostly is air."""
+    # Filters of grey values are separable, and so ten times as fast as those of binary ones.
+    opened = grey_opening((image > threshold).view(np.uint8), size=(1, 3, 3))
+    return np.stack([~_open_to_the_border(section == 0) for section in opened])
 
 
 def _open_to_the_border(section: np.ndarray) -> np.ndarray:
