@@ -100,9 +100,10 @@ SCHEMA = pa.schema(
 
 FLAGS = (
     "low SNR", "ghosting", "tissues not separable", "small matrix", "near copy", "face may be recognisable",
-    "prewhitened", "not prewhitened",
+    "defaced", "prewhitened", "not prewhitened",
 )  # fmt: skip
-"""What intake may flag a volume for; `near copy` is followed by the row that it resembles, `not prewhitened` by why."""
+"""What intake may flag a volume for; `near copy` is followed by the row that it resembles, `defaced` by
+the method, `not prewhitened` by why."""
 
 FACTS = (
     "contrast", "quantitative", "quantity", "quantity_unit", "contrast_agent", "acquisition_type", "plane", "body_part",

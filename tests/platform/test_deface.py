@@ -16,6 +16,7 @@ from omnimri.models.scan import Scan
 from omnimri.models.vocabulary import TISSUES
 from omnimri.platform.corpus.anatomy import Build, Head, draw_head, load_template
 from omnimri.platform.corpus.geometry import Grid, Pose
+from omnimri.platform.data.formats.records import SeriesRecord
 from omnimri.platform.data.intake.config import IngestConfig
 from omnimri.platform.data.intake.deface import (
     DEFACED_FLAG,
@@ -25,11 +26,13 @@ from omnimri.platform.data.intake.deface import (
     deidentification,
     face_flags,
     labelled_brain,
+    remove_face,
     shear_normal,
     shows_face,
 )  # fmt: skip
 from omnimri.platform.data.intake.ingest import ingest
 from omnimri.platform.data.intake.registration import RegistrationError, register
+from omnimri.platform.data.shards import Shards, load_row
 
 pytest.importorskip("SimpleITK", reason="the extra deface is not installed")
 
@@ -179,9 +182,18 @@ def test_a_face_is_told_from_a_brain_and_from_a_defaced_head(head: Head, scan: S
     assert face_flags(scan, facts, silent, simulated=False) == [FACE_FLAG]
     assert face_flags(replace(scan, image=defaced.image), facts, noisy, simulated=False) == []
     assert face_flags(scan, facts, noisy, simulated=True) == []
+    assert face_flags(scan, {"body_part": "neck"}, noisy, simulated=False) == [FACE_FLAG]
     assert face_flags(scan, {"body_part": "knee"}, noisy, simulated=False) == []
     kspace = replace(scan, image=stripped, kspace=np.zeros((SHAPE[0], 1, 2, 2), np.complex64))
     assert face_flags(kspace, facts, silent, simulated=False) == [FACE_FLAG]
+
+
+@pytest.mark.parametrize(("part", "is_cut"), [("brain", True), ("neck", True), (None, True), ("knee", False)])
+def test_only_what_cannot_show_a_face_is_left_without_a_look(part: str | None, is_cut: bool, scan: Scan) -> None:
+    keys = {"patient_key": "p", "study_key": "s", "series_key": "s"}
+    record = SeriesRecord(scan=scan, source="a.nii", source_format="nifti", **keys)
+    faceless = remove_face(record, {"body_part": part}, None, {}, None, undefaced="reject")
+    assert faceless.flags == ([DEFACED_FLAG] if is_cut else None)
 
 
 def test_there_is_nothing_to_remove_from_a_brain(head: Head, scan: Scan) -> None:
@@ -233,6 +245,11 @@ def rows_by_part(out: Path) -> dict[str | None, dict]:
     return {row["body_part"]: row for row in json.loads((out / "manifest.json").read_text())["rows"]}
 
 
+def quality_of_brain(out: Path) -> dict[str, float | None]:
+    [ref] = Shards.open(out).select(body_part="brain").rows
+    return load_row(ref, ["quality"])["quality"]
+
+
 def test_ingest_leaves_faces_unless_told(source: Path, tmp_path: Path, ray_cluster: None) -> None:
     kept = ingest([source], tmp_path / "kept", IngestConfig())
     removed = ingest([source], tmp_path / "removed", IngestConfig(deface=True))
@@ -245,6 +262,10 @@ def test_ingest_leaves_faces_unless_told(source: Path, tmp_path: Path, ray_clust
     assert FACE_FLAG not in after["brain"]["flags"]
     assert after["knee"]["digest"] == before["knee"]["digest"]
     assert after["brain"]["digest"] != before["brain"]["digest"]
+    # What is cut is no air, and the two stay near copies.
+    assert after["brain"]["fingerprint"] == before["brain"]["fingerprint"]
+    measured = [quality_of_brain(out) for out in (kept.out, removed.out)]
+    assert measured[0] == measured[1]
     assert None not in after, "what may be a head and has no brain to be found is rejected"
     [line] = removed.rejects_path.read_text().splitlines()
     assert "Its face was not removed. No brain was found" in line

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pydicom
 import pytest
 from highdicom import sr
+from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
 
@@ -405,6 +406,26 @@ def test_broken_report_costs_a_line_and_not_the_images(tmp_path: Path) -> None:
         "cut.dcm": "The pixel data is too short: a truncated file.",
     }
     assert not any(name in str(error) for error in errors for name in PLANTED)
+
+
+def test_report_without_a_frame_of_reference_costs_a_line_and_not_the_others(tmp_path: Path) -> None:
+    slices, affine = _series(tmp_path)
+    corners = np.c_[OUTLINE - 0.5, np.full(len(OUTLINE), 2.0)]
+    region = sr.ImageRegion3D("POLYGON", world(corners, affine), slices[0].FrameOfReferenceUID)
+    report = make_report(slices, [planar(referenced_region=region, measurements=[_volume()])])
+    [item] = _regions(report)
+    del item.ReferencedFrameOfReferenceUID
+    report.save_as(tmp_path / "broken.dcm")
+    save_report(tmp_path / "good.dcm", slices, [of_images(measurements=[_volume()])])
+    [record], [error] = read_path(tmp_path)
+    assert len(record.measurements) == 1
+    assert (error.source, error.reason) == ("broken.dcm", "The measurement report cannot be used (AttributeError).")
+
+
+def _regions(item: Dataset) -> list[Dataset]:
+    """Coordinates in space below a content item."""
+    children = item.get("ContentSequence") or []
+    return [c for c in children if c.ValueType == "SCOORD3D"] + [region for c in children for region in _regions(c)]
 
 
 def test_reports_of_other_templates_and_series_are_refused(tmp_path: Path) -> None:

@@ -107,6 +107,14 @@ def test_label_map_on_another_grid_is_refused(tmp_path: Path) -> None:
         load_label_map(tmp_path / "half.nii", scan, "x")
 
 
+def test_label_map_with_axes_that_are_all_but_parallel_is_refused(tmp_path: Path) -> None:
+    affine = np.eye(4)
+    affine[:2, :2] = [[1e8, 1e8], [0, 1e-9]]
+    save_nifti(tmp_path / "flat.nii", random_image(2) % 4, affine)
+    with pytest.raises(ReadError, match="all but parallel"):
+        load_label_map(tmp_path / "flat.nii", Scan(image=random_image(2), affine=np.eye(4)), "x")
+
+
 @pytest.mark.parametrize("box", [[0, 0, 0, 6, 1, 1], [2, 0, 0, 2, 1, 1], [-1, 0, 0, 1, 1, 1]])
 def test_boxes_outside_the_volume_are_refused(box: list[int]) -> None:
     check_boxes([{"box_voxel": [0, 0, 0, 5, 8, 6]}], (5, 8, 6))

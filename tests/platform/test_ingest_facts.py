@@ -76,3 +76,16 @@ def test_plane_is_that_of_the_slices() -> None:
     assert facts.plane(np.diag([1.0, 1, 5, 1])) == "axial"
     assert facts.plane(np.array([[0, 0, 5, 0], [1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1.0]])) == "sagittal"
     assert facts.plane(np.array([[1, 0, 0, 0], [0, 0, 5, 0], [0, 1, 0, 0], [0, 0, 0, 1.0]])) == "coronal"
+
+
+@pytest.mark.parametrize(
+    ("texts", "part"),
+    [
+        (("MRI ORBIT FACE NECK W WO",), None), (("AX T1 SINUSES",), None), (("TMJ_left",), None), (("sella",), None),
+        (("AX T1 ORBITS", "MRI BRAIN AND ORBITS"), "brain"), (("HEAD", "pituitary dynamic"), "brain"),
+        (("NECK", "larynx"), "neck"), (("interface cardiac",), "heart"), (("cardiac coronary sinus",), "heart"),
+        (("ankle sinus tarsi",), "ankle"), (("", "KNEE"), "knee"), ((None,), None),
+    ],
+)  # fmt: skip
+def test_a_part_of_the_face_is_no_other_body_part(texts: tuple, part: str | None) -> None:
+    assert facts.body_part(*texts) == part

@@ -12,11 +12,12 @@ from omnimri.models.config import preset
 from omnimri.models.preprocess import Preprocess
 from omnimri.platform.data.formats.prewhitening import NOT_PREWHITENED, PREWHITENED
 from omnimri.platform.data.intake.config import IngestConfig
+from omnimri.platform.data.intake.deface import DEFACED_FLAG, FACE_FLAG
 from omnimri.platform.data.intake.quality import QualityLimits, quality_flags
 from omnimri.platform.data.intake.writer import INTAKE_VERSION
 from omnimri.platform.data.licences import allows_commercial_use, count_licences, licensed
 from omnimri.platform.data.schema import FLAGS
-from omnimri.platform.data.shards import MANIFEST_NAME, Shards
+from omnimri.platform.data.shards import MANIFEST_NAME, Shards, flag_kind
 from omnimri.platform.overrides import apply_overrides
 from omnimri.platform.training.config import DEFAULT_EXCLUDED
 from omnimri.platform.training.omnimri_kit import OmniMRIKit
@@ -69,7 +70,7 @@ def test_training_sees_only_licensed_rows(folder: Path) -> None:
 # ---- Flags, and how rows were made
 
 
-def corpus(out: Path, flags: dict[str, list[str]], *, version: str = "intake-3-44136fa3") -> Path:
+def corpus(out: Path, flags: dict[str, list[str]], *, version: str = "intake-4-44136fa3") -> Path:
     """The fake corpus with flags by row, made by one version of intake."""
     manifest_path = write_shards(out) / MANIFEST_NAME
     manifest = json.loads(manifest_path.read_text())
@@ -116,7 +117,8 @@ def test_every_flag_of_intake_can_be_named() -> None:
     values = {"snr": 0.1, "ghosting": 9.0, "cjv": 9.0}
     raised = quality_flags((2, 2, 2), values, QualityLimits(), t1_weighted=True)
     assert len(raised) == 4
-    assert set(FLAGS) == {*raised, "near copy", "face may be recognisable", PREWHITENED, NOT_PREWHITENED}
+    faces = {FACE_FLAG, flag_kind(DEFACED_FLAG)}
+    assert set(FLAGS) == {*raised, *faces, "near copy", PREWHITENED, NOT_PREWHITENED}
     assert set(DEFAULT_EXCLUDED) <= set(FLAGS)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -156,3 +157,18 @@ def test_ingest_whitens_before_it_compresses_coils_unless_told_otherwise(tmp_pat
         [ref] = Shards.open(tmp_path / name).rows
         np.testing.assert_array_equal(load_row(ref, ["kspace"])["kspace"], kspace)
         assert ("prewhitened" in ref.flags) == is_white
+
+
+def test_a_noise_scan_that_does_not_match_its_head_leaves_the_file_and_a_flag(tmp_path: Path) -> None:
+    path = save_ismrmrd(tmp_path / "a.h5", coil_kspace(random_image(7)), oblique_affine())
+    with h5py.File(path, "r+") as file:
+        acquisition = file["dataset/data"][0]
+        acquisition["head"]["number_of_samples"] += 1
+        file["dataset/data"][0] = acquisition
+    [record], errors = read_path(path)
+    assert errors == []
+    left = prewhitened(record)
+    assert left.flags == ("not prewhitened: unreadable noise scan",)
+    assert left.scan is record.scan
+    ingest([path], tmp_path / "raw", IngestConfig(prewhiten=False))
+    assert not any("whitened" in flag for flag in Shards.open(tmp_path / "raw").rows[0].flags)

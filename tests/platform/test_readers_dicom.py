@@ -15,6 +15,9 @@ from pydicom.pixels import get_decoder
 from pydicom.uid import UID, ExplicitVRBigEndian, ImplicitVRLittleEndian, JPEGLosslessSV1, RLELossless
 
 from omnimri.platform.data.formats.readers import read_path
+from omnimri.platform.data.intake.config import IngestConfig
+from omnimri.platform.data.intake.ingest import ingest
+from omnimri.platform.data.shards import Shards
 from tests.platform.intake_fakes import (
     assert_same_voxels,
     dicom_slices,
@@ -38,6 +41,22 @@ def test_series_is_sorted_by_position_and_rescaled_slice_by_slice(tmp_path: Path
     np.testing.assert_allclose(record.scan.affine, affine, atol=1e-5)
     assert record.scan.image.dtype == np.float32
     assert record.patient_key == "P-001"
+
+
+def test_a_row_does_not_depend_on_the_names_of_files(tmp_path: Path) -> None:
+    """Slices whose headers differ a little: rounded orientations, a phase of the pulse sequence of their own."""
+    slices = dicom_slices(rescalable(random_image(3)), oblique_affine())
+    for z, dataset in enumerate(slices):
+        dataset.ImageOrientationPatient = [float(f"{v + 1e-5 * z:.9f}") for v in dataset.ImageOrientationPatient]
+        dataset.EchoTime = 90 + 0.1 * z
+    digests = set()
+    for order, folder in ((slices, "forward"), (slices[::-1], "backward")):
+        (tmp_path / folder).mkdir()
+        for index, dataset in enumerate(order):
+            dataset.save_as(tmp_path / folder / f"{index}.dcm", enforce_file_format=True)
+        ingest([tmp_path / folder], tmp_path / f"{folder}-out", IngestConfig())
+        digests |= {row.digest for row in Shards.open(tmp_path / f"{folder}-out").rows}
+    assert len(digests) == 1
 
 
 @pytest.mark.parametrize("axes", ["RAS", "LPS", "PSR", "SRA", "LAI"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 import zlib
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from omnimri.models.scan import Scan
 from omnimri.platform.data.catalogue import entries
 from omnimri.platform.data.catalogue.entries import ImageRule, find_dataset
 from omnimri.platform.data.formats.readers import read_path
-from omnimri.platform.data.formats.records import ReadLimits
+from omnimri.platform.data.formats.records import ReadError, ReadLimits
 from omnimri.platform.data.intake.annotations import load_label_map
 from omnimri.platform.data.intake.config import IngestConfig
 from omnimri.platform.data.intake.ingest import ingest
@@ -120,17 +121,18 @@ def test_several_arrays_are_listed_with_the_knob_and_one_is_taken_by_name(tmp_pa
     save(tmp_path / "a.mat", {"full": in_matlab(first), "under": in_matlab(second), "mask": np.ones((8, 6))})
     records, [error] = read_path(tmp_path)
     assert records == []
-    assert error.reason == (
-        "2 complex arrays of three or more axes, expected one as k-space; "
-        "it holds full (8 x 6 x 3 x 5), under (8 x 6 x 3 x 5)."
-    )
+    assert error.reason == "2 complex arrays of three or more axes, expected one."
+    assert "The file holds full (8 x 6 x 3 x 5), under (8 x 6 x 3 x 5)." in error.hint
     assert "--set matlab_array=NAME" in error.hint
+    assert "(readout, phase, coils, slices, volumes)" in error.hint
     ingest([tmp_path / "a.mat"], tmp_path / "out", IngestConfig(matlab_array="under"))
     [ref] = Shards.open(tmp_path / "out").rows
     np.testing.assert_allclose(load_row(ref, ["kspace"])["kspace"], second, rtol=1e-6)
     with pytest.raises(ValueError, match="0 ingested, 1 rejected"):
         ingest([tmp_path / "a.mat"], tmp_path / "none", IngestConfig(matlab_array="other"))
-    assert "No array of numbers is called other; it holds full (8 x 6" in (tmp_path / "none.rejects.jsonl").read_text()
+    [line] = map(json.loads, (tmp_path / "none.rejects.jsonl").read_text().splitlines())
+    assert line["reason"] == "0 arrays of numbers have the name that is asked for, expected one."
+    assert "The file holds full (8 x 6" in line["hint"]
 
 
 @every_version
@@ -140,7 +142,8 @@ def test_real_numbers_are_an_image_only_where_they_are_named(tmp_path: Path, sav
     save(tmp_path / "a.mat", {"vol": image.transpose(1, 2, 0).astype(dtype)})  # (rows, columns, slices)
     records, [error] = read_path(tmp_path)
     assert records == []
-    assert error.reason == ("No complex array of three axes, expected one as k-space; it holds vol (8 x 6 x 5).")
+    assert error.reason == "0 complex arrays of three or more axes, expected one."
+    assert "The file holds vol (8 x 6 x 5)." in error.hint
     ingest([tmp_path / "a.mat"], tmp_path / "out", IngestConfig(matlab_array="vol"))
     [ref] = Shards.open(tmp_path / "out").rows
     row = load_row(ref, ["image", "kspace", "affine", "plane", "source_format"])
@@ -176,15 +179,25 @@ def test_a_label_map_with_slices_of_its_own_is_refused(tmp_path: Path) -> None:
         load_label_map(tmp_path / "a.mat", scan, "a.mat", member="seg")
 
 
+def test_a_list_of_numbers_is_no_label_map_and_a_missing_volume_is_named(tmp_path: Path) -> None:
+    scan = Scan(image=random_image(9, SHAPE), affine=np.eye(4))
+    with h5py.File(tmp_path / "list.mat", "w") as file:
+        file["seg"] = np.ones(240)
+    with pytest.raises(ReadError, match="An array of 1 axes, expected rows and columns"):
+        load_label_map(tmp_path / "list.mat", scan, "a.mat", member="seg")
+    save_hdf5(tmp_path / "two.mat", {"seg": np.ones((8, 6, 5, 2))})
+    with pytest.raises(ReadError, match="has 2 volumes, expected one for volume 3 of its series"):
+        load_label_map(tmp_path / "two.mat", scan, "a.mat", member="seg", volume=2)
+
+
 def test_structs_of_version_7_3_are_looked_into_and_others_are_not(tmp_path: Path) -> None:
     kspace = in_matlab(coil_kspace(random_image(10, SHAPE)))
     save_hdf5(tmp_path / "new.mat", {"scan/raw": kspace})
     save_plain(tmp_path / "old.mat", {"scan": {"raw": kspace}, "cell": np.array([kspace, 1], dtype=object)})
     [record], [error] = read_path(tmp_path)
     assert record.source == "new.mat"
-    assert (error.source, error.reason) == (
-        "old.mat", "No complex array of three axes, expected one as k-space; it holds no array of numbers."
-    )  # fmt: skip
+    assert (error.source, error.reason) == ("old.mat", "0 complex arrays of three or more axes, expected one.")
+    assert "The file holds no array of numbers." in error.hint
 
 
 def test_arrays_that_reach_into_other_files_are_refused(tmp_path: Path) -> None:

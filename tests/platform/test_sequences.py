@@ -42,6 +42,8 @@ def test_contrast_agent(description: str, stated: str | None, agent: bool | None
     [
         ("Apparent Diffusion Coefficient (mm2/s) ADC", True), ("T1_MAP", True), ("T2 mapit", True), ("ktrans", True),
         ("AX T2 FLAIR", False), ("map of the room", True), ("Series 3", None),
+        ("T1 image", False), ("p01_t2_image", False), ("DWI b0 image", False), ("pd-image", False), ("T1 fit", True),
+        ("ADC image", True), ("md_image", True),
     ],
 )  # fmt: skip
 def test_quantitative(description: str, quantitative: bool | None) -> None:

@@ -18,7 +18,15 @@ from omnimri.platform.data.intake.config import IngestConfig
 from omnimri.platform.data.intake.writer import PlannedItem, write_shard
 from omnimri.platform.data.schema import SCHEMA, SCHEMA_VERSION
 from omnimri.platform.data.shards import Shards, content_digest, load_row, row_to_scan
-from tests.platform.intake_fakes import coil_kspace, random_image, save_fastmri, save_nifti
+from tests.platform.intake_fakes import (
+    coil_kspace,
+    dicom_slices,
+    random_image,
+    rescalable,
+    save_dicom,
+    save_fastmri,
+    save_nifti,
+)
 from tests.platform.shards_fakes import write_shards
 
 SHAPE = (4, 6, 5)
@@ -143,3 +151,20 @@ def test_patients_of_a_held_out_kind_are_left_out_whole(tmp_path: Path) -> None:
     assert len(left) == 8
     with pytest.raises(ValueError, match="names no row"):
         left.without_patients(vendor="Philips")
+
+
+def test_a_volume_that_cannot_be_made_a_row_costs_one_line(tmp_path: Path) -> None:
+    """A rescale that is no number gives an image that is none; its neighbours arrive."""
+    planned = []
+    for seed in range(3):
+        save_nifti(tmp_path / f"{seed}.nii", random_image(seed, SHAPE), np.eye(4))
+        planned.append(_planned(tmp_path, f"{seed}.nii", "nifti", "train"))
+    [broken] = dicom_slices(rescalable(random_image(3, (1, 6, 5))), np.eye(4))
+    broken.RescaleSlope = float("nan")
+    save_dicom([broken], tmp_path)
+    [name] = [path.name for path in tmp_path.glob("*.dcm")]
+    planned.insert(1, _planned(tmp_path, name, "dicom", "train"))
+    report = write_shard(planned, tmp_path / "shard.parquet", IngestConfig())
+    assert [row["source"] for row in report.rows] == ["0.nii", "1.nii", "2.nii"]
+    [line] = report.rejects
+    assert (line["source"], line["reason"]) == (name, "The volume cannot be made a row (ValueError).")

@@ -219,11 +219,6 @@ class DatasetEntry:
         }
 
     @property
-    def states_split(self) -> bool:
-        """Its layout says which volumes are for training and which are held out."""
-        return bool(self.splits or self._splits_of_tables)
-
-    @property
     def is_verified(self) -> bool:
         """Somebody looked at files, at a file tree or at code that reads them."""
         return self.evidence not in UNVERIFIED

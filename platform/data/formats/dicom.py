@@ -158,6 +158,8 @@ def _read_volumes(
     try:
         with quiet_libraries():
             datasets = [pydicom.dcmread(path, force=True) for path in paths]
+            # The first one speaks for the series: it must not depend on the names of files.
+            datasets.sort(key=lambda dataset: str(dataset.get("SOPInstanceUID") or ""))
             for dataset in datasets:
                 _check_size(dataset, source, limits)
             frame_of_reference = str(datasets[0].get("FrameOfReferenceUID") or "")

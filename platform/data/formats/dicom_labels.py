@@ -15,7 +15,6 @@ from typing import Any
 import highdicom
 import numpy as np
 import pydicom
-from nibabel.orientations import OrientationError
 from pydicom.dataset import Dataset
 from pydicom.uid import RTStructureSetStorage, SegmentationStorage
 from skimage.draw import polygon
@@ -156,7 +155,7 @@ def _labels(scan: Scan, objects: list[_LabelObject], limits: ReadLimits) -> tupl
             chosen = kind
         except ReadError as error:
             refused[source] = error
-        except (*UNREADABLE, OrientationError) as error:
+        except UNREADABLE as error:
             reason = f"The {kind} cannot be put on the grid of its series ({type(error).__name__})."
             refused[source] = ReadError(source, reason, _KEPT)
     return labels, refused

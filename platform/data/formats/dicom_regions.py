@@ -62,7 +62,7 @@ class Drawings:
             if (header := _header(path)).get("SOPClassUID") == SegmentationStorage
         }
         self._loaded: dict[str, highdicom.seg.Segmentation] = {}
-        self.frame_of_reference = str(_header(image_paths[0]).get("FrameOfReferenceUID") or "")
+        self.frame_of_reference = str(_header(self._images[min(self._images)]).get("FrameOfReferenceUID") or "")
 
     def box(self, regions: Sequence[Any], segments: Sequence[Any], scan: Scan) -> list[int]:
         """Half-open box `z1 y1 x1 z2 y2 x2` on a volume around coordinates and segments, at least one of them.

@@ -19,7 +19,6 @@ from typing import Any
 import highdicom
 import pydicom
 from highdicom.sr import MeasurementReport
-from nibabel.orientations import OrientationError
 from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
@@ -161,16 +160,26 @@ def attach(
             reason = f"The measurement report cannot be read ({type(error).__name__})."
             errors.append(ReadError(source, reason, _KEPT))
     replaced = frozenset().union(*(report.replaces for report in reports))
-    with quiet_libraries():
-        drawings = Drawings(image_paths, label_paths, limits)
+    try:
+        with quiet_libraries():
+            drawings = Drawings(image_paths, label_paths, limits)
+    except UNREADABLE as error:
+        return records, errors + [_unusable(report, error) for report in reports]
     for report in reports:
         if report.instance in replaced:
             errors.append(ReadError(report.source, "Not used: a later version of the report is there.", _KEPT))
             continue
-        with quiet_libraries():
-            records, refused = _apply(report, records, drawings)
+        try:
+            with quiet_libraries():
+                records, refused = _apply(report, records, drawings)
+        except UNREADABLE as error:
+            refused = [_unusable(report, error)]
         errors += refused
     return records, errors
+
+
+def _unusable(report: _Report, error: Exception) -> ReadError:
+    return ReadError(report.source, f"The measurement report cannot be used ({type(error).__name__}).", _KEPT)
 
 
 def _load(source: str, path: Path) -> _Report:
@@ -380,7 +389,7 @@ def _box(group: _Group, record: SeriesRecord, drawings: Drawings) -> dict[str, A
     """The box of a group's finding on a volume, or None if its region cannot be placed there."""
     try:
         corners = drawings.box(group.regions, group.segments, record.scan)
-    except (OrientationError, *UNREADABLE):
+    except UNREADABLE:
         return None
     return {
         "label": group.finding,

@@ -28,13 +28,16 @@ VENDORS = (
 """Substring of the lower-cased manufacturer, and the name we use; the first match decides."""
 
 BODY_PARTS = (
-    ("brain", r"brain|head|cerebr|neuro|skull"), ("spine", r"spine|[ctl]-?spine|lumbar|thoracic|cervical"),
+    ("brain", r"brain|head|cerebr|neuro|skull"),
+    (None, r"\bface\b|orbit|(?<!coronary )\bsinus(es)?\b(?! tarsi)|\bsella|pituitary|\btmj\b"),
+    ("spine", r"spine|[ctl]-?spine|lumbar|thoracic|cervical"),
     ("breast", r"breast|mamm"), ("knee", r"knee"), ("prostate", r"prostat"), ("heart", r"heart|cardiac|cardio"),
     ("liver", r"liver|hepat"), ("abdomen", r"abdom"), ("pelvis", r"pelvi|uterus|rect"), ("shoulder", r"shoulder"),
     ("hip", r"\bhip"), ("ankle", r"ankle|\bfoot"), ("wrist", r"wrist|\bhand"), ("neck", r"neck|larynx|thyroid"),
     ("chest", r"chest|thorax|lung"), ("extremity", r"extremity|\barm|\bleg|elbow|femur|tibia"), ("phantom", r"phantom"),
 )  # fmt: skip
-"""Body part and the pattern that names it; the first match decides."""
+"""Body part and the pattern that names it; the first match decides. Parts of a face have no name of their own: a file
+that says "orbit face neck" shows more than a neck."""
 
 _BIDS_UNITS = {"T1map": "s", "T2map": "s", "T2starmap": "s", "R1map": "1/s", "R2map": "1/s", "R2starmap": "1/s"}
 """Suffix of a BIDS file to the unit that the standard prescribes."""
@@ -55,14 +58,16 @@ def vendor(manufacturer: object) -> str | None:
 
 
 def body_part(*texts: object) -> str | None:
-    """The first body part that one of the texts names, in the order given."""
-    for text in texts:
-        # An underscore is a word character to `\b`, and separates words in protocol names.
-        words = str(text or "").lower().replace("_", " ")
-        for part, pattern in BODY_PARTS:
-            if re.search(pattern, words):
-                return part
-    return None
+    """The first body part that one of the texts names, in the order given.
+
+    None where it is part of a face, unless another text says that the brain is there.
+    """
+    # An underscore is a word character to `\b`, and separates words in protocol names.
+    words = [str(text or "").lower().replace("_", " ") for text in texts]
+    matches = ([part for part, pattern in BODY_PARTS if re.search(pattern, text)] for text in words)
+    named = [parts[0] for parts in matches if parts]
+    first = next(iter(named), None)
+    return "brain" if first is None and "brain" in named else first
 
 
 def sex(value: object) -> str | None:

@@ -64,7 +64,7 @@ class RawVolume:
 
     scan: Scan
     noise_covariance: np.ndarray | None = None
-    """Complex `(C, C)`, of the noise in one sample of k-space; None without a noise scan."""
+    """As `SeriesRecord` has it."""
 
 
 @dataclass(frozen=True)
@@ -164,9 +164,11 @@ def open_kspace(path: Path, source: str) -> Iterator[tuple[h5py.File, str, h5py.
             layout, group = "matlab", file
         else:
             found = ", ".join(sorted(file)[:6]) or "nothing"
+            # Names in a file may be those of a person, and reasons are copied into the corpus.
             raise ReadError(
-                source, f"HDF5 without k-space that we know; it holds: {found}.",
-                "Expected `kspace` (fastMRI), `kspace_full` (CMRxRecon) or a group with `xml` and `data` (ISMRMRD).",
+                source, "HDF5 without k-space that we know.",
+                f"It holds {found}; expected `kspace` (fastMRI), `kspace_full` (CMRxRecon) or a group with `xml` and "
+                "`data` (ISMRMRD).",
             )  # fmt: skip
         for name in (*KSPACE_NAMES, "data", "xml", "mask", "ismrmrd_header"):
             dataset = group.get(name)
@@ -224,7 +226,7 @@ def _read_fastmri(file: h5py.File, source: str, limits: ReadLimits) -> Scan:
             source, f"mask {mask.shape}, expected one value for each of {kspace.shape[-1]} lines.", "Repair the mask."
         )
     kspace = kspace * mask
-    image = root_sum_of_squares_image(kspace)
+    image = finite_image(kspace, source)
     affine, is_oriented = _fastmri_affine(file, spacing, image.shape)
     facts = _fastmri_facts(file, header, affine, is_oriented)
     return Scan(image=image, affine=affine, kspace=kspace, mask=mask_or_none(mask), facts=facts)
@@ -269,6 +271,21 @@ def _fastmri_facts(file: h5py.File, header: Any, affine: np.ndarray, is_oriented
         facts["plane"] = known_plane
     facts["body_part"] = facts.get("body_part") or body_part(acquisition) or known_part
     return facts
+
+
+def finite_image(kspace: np.ndarray, source: str) -> np.ndarray:
+    """Root sum of squares `(Z, Y, X)` of k-space `(Z, C, Y, X)`.
+
+    One sample that is no number spoils its whole slice, and zero in its place would be another measurement.
+
+    Raises:
+        ReadError: If the image holds values that are not finite.
+    """
+    with np.errstate(invalid="ignore", over="ignore"):
+        image = root_sum_of_squares_image(kspace)
+    if not np.isfinite(image).all():
+        raise ReadError(source, "K-space holds values that are not finite, or too large.", "Export it again.")
+    return image
 
 
 def mask_or_none(mask: np.ndarray) -> np.ndarray | None:
@@ -317,19 +334,21 @@ def _read_ismrmrd(group: h5py.Group, source: str, limits: ReadLimits) -> list[Ra
         counters = heads["idx"][index]
         key = tuple(int(counters[name]) for name in ("contrast", "repetition", "phase", "set"))
         volumes[key].append(int(index))
+    noise = _noise_scan(acquisitions)
     return [
         RawVolume(
             _ismrmrd_volume(acquisitions[volumes[key]], encoding, header, key[0], source, limits),
-            _noise_of_lines(acquisitions, heads["sample_time_us"][volumes[key]], header),
+            noise and _noise_of_lines(*noise, heads["sample_time_us"][volumes[key]], header),
         )
         for key in sorted(volumes)
     ]
 
 
-def _noise_of_lines(acquisitions: np.ndarray, dwell_us: np.ndarray, header: Any) -> np.ndarray | None:
-    """Covariance `(C, C)` of the noise in one sample of image lines with these dwell times; None without a noise scan.
+def _noise_scan(acquisitions: np.ndarray) -> tuple[np.ndarray, float] | None:
+    """Covariance `(C, C)` of the noise scan and its dwell time in microseconds; None without a noise scan.
 
-    Noise scans of other dwell time or coils than the first are left out.
+    Noise scans of other dwell time or coils than the first are left out. The covariance is empty where samples do not
+    fit what their header says of them.
     """
     heads = acquisitions["head"]
     is_noise = heads["flags"] & _bit(ismrmrd.ACQ_IS_NOISE_MEASUREMENT) != 0
@@ -338,10 +357,18 @@ def _noise_of_lines(acquisitions: np.ndarray, dwell_us: np.ndarray, header: Any)
     for name in ("sample_time_us", "active_channels"):
         is_noise &= heads[name] == heads[name][is_noise][0]
     scans = acquisitions[is_noise]
+    try:
+        covariance = noise_covariance(np.concatenate([_samples(scan) for scan in scans], axis=1))
+    except (ValueError, IndexError):
+        covariance = np.empty((0, 0), dtype=np.complex128)
+    return covariance, float(scans["head"]["sample_time_us"][0])
+
+
+def _noise_of_lines(covariance: np.ndarray, noise_dwell_us: float, dwell_us: np.ndarray, header: Any) -> np.ndarray:
+    """Covariance `(C, C)` of the noise in one sample of image lines with these dwell times, by that of a noise scan."""
     system = header.acquisitionSystemInformation
     bandwidth = getattr(system, "relativeReceiverNoiseBandwidth", None) or RECEIVER_NOISE_BANDWIDTH
-    scale = bandwidth_scale(float(np.median(dwell_us)), float(scans["head"]["sample_time_us"][0]), bandwidth)
-    return noise_covariance(np.concatenate([_samples(scan) for scan in scans], axis=1)) / scale
+    return covariance / bandwidth_scale(float(np.median(dwell_us)), noise_dwell_us, bandwidth)
 
 
 def _bit(flag: int) -> np.uint64:
@@ -388,7 +415,7 @@ def _ismrmrd_volume(
     affine, order = _ismrmrd_affine(heads[first_of_slice], encoding)
     rank = {int(slices[position]): z for z, position in enumerate(order)}
     kspace, mask = _grid_lines(acquisitions, encoding, rank, num_coils, source)
-    image = root_sum_of_squares_image(kspace)
+    image = finite_image(kspace, source)
     facts = ismrmrd_facts(header, affine, echo=echo)
     return Scan(image=image, affine=affine, kspace=kspace, mask=mask_or_none(mask), facts=facts)
 

@@ -18,7 +18,7 @@ import numpy as np
 from omnimri.models.scan import Scan
 from omnimri.platform.data.formats.facts import Facts
 from omnimri.platform.data.formats.fourier import root_sum_of_squares_image
-from omnimri.platform.data.formats.kspace import KSPACE_NAMES, RawVolume, mask_or_none, read_scans
+from omnimri.platform.data.formats.kspace import KSPACE_NAMES, RawVolume, finite_image, mask_or_none, read_scans
 from omnimri.platform.data.formats.records import (
     ReadError,
     ReadLimits,
@@ -45,7 +45,7 @@ def scan_of(kspace: np.ndarray, source: str) -> Scan:
     """A scan of k-space `(Z, C, Y, X)` without header; lines that hold nothing were not acquired.
 
     Raises:
-        ReadError: If samples are missing along two directions.
+        ReadError: If samples are missing along two directions, or are not finite.
     """
     sampled = (kspace != 0).any((0, 1))  # (Y, X)
     mask = np.asarray(sampled.any(0))
@@ -55,7 +55,7 @@ def scan_of(kspace: np.ndarray, source: str) -> Scan:
             source, "The acquired samples are no full lines: sampling along two phase-encoding directions.",
             "Only sampling along one phase-encoding direction is read.",
         )  # fmt: skip
-    image = root_sum_of_squares_image(kspace)
+    image = finite_image(kspace, source)
     affine = np.eye(4)
     affine[:3, 3] = -(np.array(image.shape[::-1]) - 1) / 2
     facts: Facts = {"contrast": contrast_of(PurePosixPath(source).name.split(".")[0])}

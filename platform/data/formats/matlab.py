@@ -38,6 +38,7 @@ MAGIC_HDF5 = b"MATLAB 7.3 MAT-file"
 MAGIC_OLD = b"MATLAB 5.0 MAT-file"
 
 KNOB = "Name the array: --set matlab_array=NAME, or matlab_array in its row of the catalogue."
+_KSPACE_AXES, _IMAGE_AXES = "(readout, phase, coils, slices, volumes)", "(rows, columns, slices, volumes)"
 
 _NUMBERS = frozenset({"double", "single", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))})
 """Classes of MATLAB whose values are numbers; `logical` beside them."""
@@ -87,7 +88,8 @@ def load_array(path: Path, array: str, source: str, limits: ReadLimits) -> np.nd
     """An array with MATLAB's first two axes last and the others before them in reverse: `(..., rows, columns)`.
 
     Raises:
-        ReadError: If the file cannot be read, or the array is not there, not told from others, or too large.
+        ReadError: If the file cannot be read, or the array is not there, not told from others, a list,
+            or too large.
     """
     with path.open("rb") as stream:
         is_old = stream.read(len(MAGIC_OLD)) == MAGIC_OLD
@@ -100,6 +102,8 @@ def load_array(path: Path, array: str, source: str, limits: ReadLimits) -> np.nd
         raise ReadError(
             source, f"The MATLAB file cannot be read ({type(error).__name__}).", "Save it again with `save -v7.3`."
         ) from error
+    if values.ndim < 2:
+        raise ReadError(source, f"An array of {values.ndim} axes, expected rows and columns.", KNOB)
     return np.ascontiguousarray(values.transpose(*range(values.ndim - 1, 1, -1), 0, 1))
 
 
@@ -108,7 +112,7 @@ def _records(values: np.ndarray, source: str) -> list[SeriesRecord]:
     is_kspace = np.iscomplexobj(values)
     most = 5 if is_kspace else 4
     if values.size == 0 or not (3 if is_kspace else 2) <= values.ndim <= most:
-        expected = "(readout, phase, coils, slices, volumes)" if is_kspace else "(rows, columns, slices, volumes)"
+        expected = _KSPACE_AXES if is_kspace else _IMAGE_AXES
         raise ReadError(
             source, f"An array of {values.ndim} axes, expected {expected} in MATLAB's order.", "Permute it, or " + KNOB
         )
@@ -129,18 +133,20 @@ def _records(values: np.ndarray, source: str) -> list[SeriesRecord]:
 def _choose(variables: list[Variable], array: str, source: str, limits: ReadLimits) -> Variable:
     """The array that is named, else the only complex one of three or more axes.
 
+    Names of arrays stand in the hint alone: reasons are copied into the corpus, and a name may be that of a person.
+
     Raises:
         ReadError: If it is not there, or there are none or several.
     """
     if array:
         chosen = [variable for variable in variables if variable.name == array]
-        reason = f"No array of numbers is called {array}; it holds {_listed(variables)}."
+        found, listed = f"{len(chosen)} arrays of numbers have the name that is asked for", variables
     else:
         chosen = [variable for variable in variables if variable.is_complex and len(variable.shape) >= 3]
-        found = f"{len(chosen)} complex arrays of three or more axes" if chosen else "No complex array of three axes"
-        reason = f"{found}, expected one as k-space; it holds {_listed(chosen or variables)}."
+        found, listed = f"{len(chosen)} complex arrays of three or more axes", chosen or variables
     if len(chosen) != 1:
-        raise ReadError(source, reason, KNOB)
+        hint = f"The file holds {_listed(listed)}. {KNOB} K-space is {_KSPACE_AXES} in MATLAB's order."
+        raise ReadError(source, f"{found}, expected one.", hint)
     check_array_bytes(chosen[0].num_bytes, source, limits)
     return chosen[0]
 

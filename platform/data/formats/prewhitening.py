@@ -62,12 +62,14 @@ def whitening_matrix(covariance: np.ndarray) -> np.ndarray | None:
 def prewhitened(record: SeriesRecord) -> SeriesRecord:
     """The record with white k-space and the image of it; as it is where its file has no noise scan.
 
-    A noise scan that cannot be used (singular covariance, other coils) leaves k-space as it was measured: it is sound,
-    only its noise is not white. Either way a flag says so.
+    A noise scan that cannot be used (unreadable, singular covariance, other coils) leaves k-space as it was measured:
+    it is sound, only its noise is not white. Either way a flag says so.
     """
     kspace, covariance = record.scan.kspace, record.noise_covariance
     if kspace is None or covariance is None:
         return record
+    if covariance.size == 0:
+        return _flagged(record, f"{NOT_PREWHITENED}: unreadable noise scan")
     if len(covariance) != kspace.shape[1]:
         return _flagged(record, f"{NOT_PREWHITENED}: noise scan of other coils")
     matrix = whitening_matrix(covariance)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from nibabel.orientations import OrientationError
 from pydicom.errors import BytesLengthException, InvalidDicomError
 
 from omnimri.models.scan import Scan
@@ -90,7 +91,8 @@ class SeriesRecord:
     classes: list[str] | None = None
     """Findings that a report states to be present; None: it states none."""
     noise_covariance: np.ndarray | None = None
-    """Complex `(C, C)`, of the noise in one sample of its k-space; None where its file has no noise scan."""
+    """Complex `(C, C)`, of the noise in one sample of its k-space; None where its file has no noise scan, and empty
+    where that cannot be read."""
     flags: tuple[str, ...] = ()
     """What was done to it that a reader of the row should know."""
 
@@ -126,7 +128,7 @@ def quiet_libraries() -> Iterator[None]:
 UNREADABLE = (
     ValueError, TypeError, KeyError, IndexError, AttributeError, LookupError, ArithmeticError, RuntimeError,
     OSError, EOFError, MemoryError, AssertionError, struct.error, zlib.error, zipfile.BadZipFile, sqlite3.Error,
-    BytesLengthException, InvalidDicomError,
+    BytesLengthException, InvalidDicomError, OrientationError,
 )  # fmt: skip
 """What pydicom, highdicom (by way of SQLite), nibabel, h5py and ismrmrd raise on files that are broken in some way.
 

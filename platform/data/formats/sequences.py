@@ -39,10 +39,11 @@ _SEQUENCE_NAMES = (
 """Contrast and the vendor's name of the pulse sequence (Siemens `*tfl3d1_16ns`, GE `3DFSPGR`)."""
 
 _QUANTITATIVE = (
-    r"\b(t1|t2|t2star|t2\*|r1|r2|r2star|r2\*|adc|eadc|fa|md|pd|b0|b1|ff|pdff|fat.?fraction|velocity|cbf|cbv|mtt|ttp|"
-    r"ktrans|t1rho|qsm)[ _-]?(map|fit|calc|image)|\b(e?adc|pdff|ktrans|qsm|ser)\b|mapit|\bmaps?\b|parametric|: ?pe\d|"
-    r"\bpart-phase\b"
+    r"\b(t1|t2|t2star|t2\*|pd|b0|b1)[ _-]?(map|fit|calc)|"
+    r"\b(r1|r2|r2star|r2\*|adc|eadc|fa|md|ff|pdff|fat.?fraction|velocity|cbf|cbv|mtt|ttp|ktrans|t1rho|qsm)[ _-]?"
+    r"(map|fit|calc|image)|\b(e?adc|pdff|ktrans|qsm|ser)\b|mapit|\bmaps?\b|parametric|: ?pe\d|\bpart-phase\b"
 )
+"""An image is not called by a quantity that also names a weighting: "T2 image" is none of T2."""
 _QUANTITIES = (
     ("T1rho", r"^t1rho"), ("T2*", r"^t2(star|\*)"), ("R2*", r"^r2(star|\*)"), ("T1", r"^t1"), ("T2", r"^t2"),
     ("R1", r"^r1"), ("R2", r"^r2"), ("ADC", r"^adc"), ("MD", r"^md"), ("FA", r"^fa[ _-]?(map|fit|calc|image)"),

@@ -293,6 +293,8 @@ def load_label_map(
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
         raise ReadError(source, "The affine of the label map is singular.", "Repair it; the volume was kept.")
     transform = nib.orientations.io_orientation(np.linalg.inv(scan.affine) @ affine)
+    if np.isnan(transform).any():
+        raise ReadError(source, "The axes of the label map are all but parallel.", "Repair it; the volume was kept.")
     turned = nib.orientations.apply_orientation(labels, transform)
     turned_affine = affine @ nib.orientations.inv_ornt_aff(transform, labels.shape)
     _check_grid(turned.shape, turned_affine, scan, source)
@@ -310,7 +312,10 @@ def _label_voxels(path: Path, scan: Scan, source: str, volume: int, member: str)
     if kind in ("numpy", "matlab"):
         array = (matlab.load_array if kind == "matlab" else load_array)(path, member, source, ReadLimits())
         # Samples of one slice have no slice axis; a single array has no sample axis.
-        chosen = array[volume] if array.ndim == 4 or (array.ndim == 3 and scan.image.shape[0] == 1) else array
+        is_list = array.ndim == 4 or (array.ndim == 3 and scan.image.shape[0] == 1)
+        if is_list and volume >= len(array):
+            raise _too_few(len(array), volume, source)
+        chosen = array[volume] if is_list else array
         if chosen.size != scan.image.size:
             raise _wrong_shape(chosen.shape, scan, source)
         return chosen.reshape(scan.image.shape).transpose(2, 1, 0), scan.affine
@@ -318,6 +323,8 @@ def _label_voxels(path: Path, scan: Scan, source: str, volume: int, member: str)
         labels, affine = load(path, path.name, ReadLimits())
         if sorted(labels.shape[:3]) != sorted(scan.image.shape):
             raise _wrong_shape(labels.shape[2::-1], scan, source)
+        if 1 < labels.shape[3] <= volume:
+            raise _too_few(labels.shape[3], volume, source)
         return labels[..., volume if labels.shape[3] > 1 else 0], affine
     try:
         with quiet_libraries():
@@ -332,6 +339,11 @@ def _label_voxels(path: Path, scan: Scan, source: str, volume: int, member: str)
     except NIFTI_ERRORS as error:
         reason = f"The label map cannot be read ({type(error).__name__})."
         raise ReadError(source, reason, "Repair it; the volume was kept.") from error
+
+
+def _too_few(num_volumes: int, volume: int, source: str) -> ReadError:
+    reason = f"The label map has {num_volumes} volumes, expected one for volume {volume + 1} of its series."
+    return ReadError(source, reason, "Add what is missing; the volume was kept.")
 
 
 def _wrong_shape(shape: tuple[int, ...], scan: Scan, source: str) -> ReadError:

@@ -35,6 +35,8 @@ DEFACE_VERSION = "quickshear-1"
 FACE_FLAG = "face may be recognisable"
 DEFACED_FLAG = "defaced: quickshear"
 
+_SHOWS_FACE = ("brain", "neck")
+"""Body parts whose images may hold a face; one that is unknown may be a head as well."""
 _CLEAN_FACES = "113102"  # CID 7050: clean recognisable visual features
 _MARGIN_MM = 5.0
 """Between brain and plane. Quickshear's default are 10 voxels, to a mask that may miss brain."""
@@ -143,7 +145,7 @@ def face_flags(
 
     Where the field of view does not tell, a head whose surroundings hold noise is taken to show one.
     """
-    if simulated or facts["body_part"] != "brain":
+    if simulated or facts["body_part"] not in _SHOWS_FACE:
         return []
     face = scan.kspace is not None or shows_face(scan.image, scan.affine)
     return [FACE_FLAG] if face or (face is None and measured["snr"] is not None) else []
@@ -160,7 +162,7 @@ def remove_face(
 ) -> Faceless:
     """A volume without the face that it shows; other body parts, and heads without a face, stay as they are.
 
-    A volume of an unknown body part is taken for a head.
+    A volume of an unknown body part, or of a neck, is taken for a head.
 
     Args:
         record: The volume.
@@ -174,7 +176,7 @@ def remove_face(
         ReadError: For such a face, if it is to be rejected.
     """
     scan = record.scan
-    if facts["body_part"] not in ("brain", None):
+    if facts["body_part"] not in (*_SHOWS_FACE, None):
         return Faceless(scan, label_map, None)
     try:
         defaced = deface(scan, label_map, label_names, boxes)

@@ -17,7 +17,7 @@ from omnimri.models.scan import Scan
 from omnimri.platform.data.deid import scrub, whitelisted
 from omnimri.platform.data.formats.prewhitening import prewhitened
 from omnimri.platform.data.formats.readers import WorkItem, read_item
-from omnimri.platform.data.formats.records import ReadError, ReadLimits, SeriesRecord
+from omnimri.platform.data.formats.records import UNREADABLE, ReadError, ReadLimits, SeriesRecord
 from omnimri.platform.data.formats.sources import open_container
 from omnimri.platform.data.intake.annotations import Annotation, check_boxes, merge_facts, placed_boxes, read_labels
 from omnimri.platform.data.intake.config import IngestConfig
@@ -25,7 +25,7 @@ from omnimri.platform.data.intake.deface import Faceless, face_flags, remove_fac
 from omnimri.platform.data.intake.quality import fingerprint, image_quality, quality_flags
 from omnimri.platform.data.schema import SCHEMA, SCHEMA_VERSION, pack_array
 
-INTAKE_VERSION = "intake-3"
+INTAKE_VERSION = "intake-4"
 """Raised when the same file would give other voxels, geometry, labels or facts."""
 
 
@@ -75,6 +75,7 @@ def write_shard(planned: list[PlannedItem], path: Path, config: IngestConfig) ->
     """Read items and write their volumes to one shard, one row to a row group.
 
     The shard appears under its name when it is complete, so a task that is run again after a crash changes nothing.
+    A volume of which no row can be made is one line of the ledger, whatever it raises.
 
     Args:
         planned: What to read.
@@ -99,11 +100,12 @@ def write_shard(planned: list[PlannedItem], path: Path, config: IngestConfig) ->
             for record in records:
                 try:
                     row = make_row(record, plan, config)
-                except ReadError as error:
-                    rejects.append(error)
+                    table = pa.Table.from_pylist([row.values], schema=SCHEMA)
+                except UNREADABLE as error:
+                    rejects.append(_refused(record, error))
                     continue
                 rejects += row.misfits
-                writer.write_table(pa.Table.from_pylist([row.values], schema=SCHEMA), row_group_size=1)
+                writer.write_table(table, row_group_size=1)
                 rows.append(_manifest_entry(row, record, plan, path.name, len(rows)))
     if rows:
         partial.replace(path)
@@ -117,15 +119,34 @@ def _volumes(plan: PlannedItem, config: IngestConfig) -> tuple[list[SeriesRecord
     records, errors = read_item(plan.item, config.limits)
     kept = []
     for record in records:
-        if np.ptp(record.scan.image) == 0:
-            errors.append(ReadError(record.source, "A blank volume: every voxel has one value.", "Leave it out."))
-            continue
-        if config.prewhiten:
-            record = prewhitened(record)
-        if record.scan.kspace is not None and config.max_coils is not None:
-            record = replace(record, scan=_with_fewer_coils(record.scan, config.max_coils))
-        kept.append(record)
+        try:
+            kept.append(_as_kept(record, config))
+        except UNREADABLE as error:
+            errors.append(_refused(record, error))
     return kept, errors
+
+
+def _refused(record: SeriesRecord, error: Exception) -> ReadError:
+    """The line of a volume that cannot be made a row."""
+    if isinstance(error, ReadError):
+        return error
+    reason = f"The volume cannot be made a row ({type(error).__name__})."
+    return ReadError(record.source, reason, "Leave it out, and tell us.")
+
+
+def _as_kept(record: SeriesRecord, config: IngestConfig) -> SeriesRecord:
+    """A volume with white noise and as many coils as are wanted.
+
+    Raises:
+        ReadError: If it is blank.
+    """
+    if np.ptp(record.scan.image) == 0:
+        raise ReadError(record.source, "A blank volume: every voxel has one value.", "Leave it out.")
+    if config.prewhiten:
+        record = prewhitened(record)
+    if record.scan.kspace is not None and config.max_coils is not None:
+        record = replace(record, scan=_with_fewer_coils(record.scan, config.max_coils))
+    return record
 
 
 def _with_fewer_coils(scan: Scan, num_coils: int) -> Scan:
@@ -160,11 +181,12 @@ def make_row(record: SeriesRecord, plan: PlannedItem, config: IngestConfig) -> R
     annotation = (plan.annotation or Annotation()).of_volume(record.volume)
     label_map, label_names, boxes, errors = _fitted(annotation, record, plan.item, config.limits)
     facts = whitelisted(merge_facts(record.scan.facts, annotation))
+    # Before a face is cut: what is cut counts as no air, and a defaced copy resembles its original.
+    measured = image_quality(record.scan.image, label_map, label_names)
     faceless = Faceless(record.scan, label_map, None)
     if config.deface and not plan.simulated:
         faceless = remove_face(record, facts, label_map, label_names, boxes, undefaced=config.undefaced)
     scan, label_map = faceless.scan, faceless.label_map
-    measured = image_quality(scan.image, label_map, label_names)
     row = {
         "schema_version": SCHEMA_VERSION,
         "dataset": plan.dataset,
@@ -195,7 +217,7 @@ def make_row(record: SeriesRecord, plan: PlannedItem, config: IngestConfig) -> R
         "flags": quality_flags(scan.image.shape, measured, config.quality, t1_weighted=facts["contrast"] == "T1w")
         + (faceless.flags or face_flags(scan, facts, measured, simulated=plan.simulated))
         + list(record.flags),
-        "fingerprint": fingerprint(scan.image, scan.affine),
+        "fingerprint": fingerprint(record.scan.image, record.scan.affine),
         "preprocessing_version": preprocessing_version(config) + faceless.version,
     }
     arrays = {name: _array_digest(row[name]) for name in _ARRAYS}
