@@ -66,8 +66,8 @@ from pathlib import Path
 
 from omnimri.jobs.command import job_parser, run_job
 from omnimri.platform.cluster import ensure_ray
-from omnimri.platform.data.formats.dicomweb import is_service
-from omnimri.platform.data.formats.dicomweb_query import parse_query
+from omnimri.platform.data.formats.dicom.web import is_service
+from omnimri.platform.data.formats.dicom.web_query import parse_query
 from omnimri.platform.data.intake.config import IngestConfig
 from omnimri.platform.data.intake.ingest import IngestSummary, ingest
 from omnimri.platform.data.intake.mirror import ingest_dicomweb

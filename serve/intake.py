@@ -13,7 +13,7 @@ import torch
 
 from omnimri.models.physics import ifft2c, root_sum_of_squares, undersampling_mask
 from omnimri.models.scan import Scan
-from omnimri.platform.data.formats.prewhitening import prewhitened
+from omnimri.platform.data.formats.kspace.prewhitening import prewhitened
 from omnimri.platform.data.formats.readers import SeriesRecord, read_path
 from omnimri.serve.bounds import Bounds
 from omnimri.serve.config import UploadLimits

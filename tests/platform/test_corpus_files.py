@@ -19,7 +19,7 @@ from omnimri.platform.corpus.corpus import NOTICE, CorpusConfig, write_corpus, w
 from omnimri.platform.corpus.dicom_writer import instance_numbers
 from omnimri.platform.corpus.patient import Patient
 from omnimri.platform.corpus.series import LPS_TO_RAS
-from omnimri.platform.data.formats.prewhitening import prewhitened
+from omnimri.platform.data.formats.kspace.prewhitening import prewhitened
 from omnimri.platform.evaluation.text import label_text
 from tests.platform.corpus_files import WrittenSeries, all_series, write_patients
 

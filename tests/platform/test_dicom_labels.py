@@ -15,7 +15,7 @@ from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
 
 from omnimri.models.vocabulary import structure_of
-from omnimri.platform.data.formats.dicom_names import coded_name, label_name, plain_name
+from omnimri.platform.data.formats.dicom.names import coded_name, label_name, plain_name
 from omnimri.platform.data.formats.label_maps import Labels
 from omnimri.platform.data.formats.readers import group, probe_files, read_path
 from omnimri.platform.data.formats.records import ReadError, ReadLimits

@@ -9,7 +9,7 @@ import pytest
 from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset
 
-from omnimri.platform.data.formats.dicom_overlays import enclosed_region
+from omnimri.platform.data.formats.dicom.overlays import enclosed_region
 from omnimri.platform.data.formats.readers import read_path
 from tests.platform.intake_fakes import dicom_slices, oblique_affine, random_image, rescalable, save_dicom
 

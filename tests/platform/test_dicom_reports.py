@@ -15,8 +15,8 @@ from pydicom.dataset import Dataset
 from pydicom.sr.codedict import codes
 from pydicom.sr.coding import Code
 
-from omnimri.platform.data.formats.dicom_names import unit_code
-from omnimri.platform.data.formats.dicom_regions import graphic_extent
+from omnimri.platform.data.formats.dicom.names import unit_code
+from omnimri.platform.data.formats.dicom.regions import graphic_extent
 from omnimri.platform.data.formats.readers import group as group_files
 from omnimri.platform.data.formats.readers import probe_files, read_path
 from omnimri.platform.data.formats.records import ReadLimits

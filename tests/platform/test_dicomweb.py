@@ -16,7 +16,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from omnimri.platform.data.formats.dicomweb import (
+from omnimri.platform.data.formats.dicom.web import (
     PASSWORD_VARIABLE,
     TOKEN_VARIABLE,
     USER_VARIABLE,
@@ -26,7 +26,7 @@ from omnimri.platform.data.formats.dicomweb import (
     Service,
     quiet_http,
 )
-from omnimri.platform.data.formats.dicomweb_query import parse_query
+from omnimri.platform.data.formats.dicom.web_query import parse_query
 from omnimri.platform.data.intake.mirror import Spool, mirror, open_spool
 from tests.platform.dicomweb_server import Archive, serve
 from tests.platform.intake_fakes import dicom_slices, oblique_affine, random_image, rescalable, save_dicom

@@ -21,8 +21,8 @@ import requests
 
 from omnimri.jobs import ingest as job
 from omnimri.platform.data.deid import KEY_VARIABLE
-from omnimri.platform.data.formats.dicomweb import TOKEN_VARIABLE, DicomwebConfig
-from omnimri.platform.data.formats.dicomweb_query import parse_query
+from omnimri.platform.data.formats.dicom.web import TOKEN_VARIABLE, DicomwebConfig
+from omnimri.platform.data.formats.dicom.web_query import parse_query
 from omnimri.platform.data.intake.config import IngestConfig
 from omnimri.platform.data.intake.ingest import ingest
 from omnimri.platform.data.intake.mirror import ingest_dicomweb
@@ -115,8 +115,8 @@ def mr_series(archive: Archive) -> set[str]:
 KILLED = """
 import sys
 from pathlib import Path
-from omnimri.platform.data.formats.dicomweb import DicomwebConfig
-from omnimri.platform.data.formats.dicomweb_query import parse_query
+from omnimri.platform.data.formats.dicom.web import DicomwebConfig
+from omnimri.platform.data.formats.dicom.web_query import parse_query
 from omnimri.platform.data.intake.config import IngestConfig
 from omnimri.platform.data.intake.mirror import ingest_dicomweb
 config = IngestConfig(dicomweb=DicomwebConfig(series_at_once=2))

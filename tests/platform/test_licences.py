@@ -10,7 +10,7 @@ import pytest
 
 from omnimri.models.config import preset
 from omnimri.models.preprocess import Preprocess
-from omnimri.platform.data.formats.prewhitening import NOT_PREWHITENED, PREWHITENED
+from omnimri.platform.data.formats.kspace.prewhitening import NOT_PREWHITENED, PREWHITENED
 from omnimri.platform.data.intake.config import IngestConfig
 from omnimri.platform.data.intake.deface import DEFACED_FLAG, FACE_FLAG
 from omnimri.platform.data.intake.quality import QualityLimits, quality_flags

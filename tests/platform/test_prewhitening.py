@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from omnimri.models import physics
-from omnimri.platform.data.formats.prewhitening import (
+from omnimri.platform.data.formats.kspace.prewhitening import (
     bandwidth_scale,
     noise_covariance,
     prewhitened,

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from omnimri.models import physics
-from omnimri.platform.data.formats.fourier import centered_fft, centered_ifft
+from omnimri.platform.data.formats.kspace.fourier import centered_fft, centered_ifft
 from omnimri.platform.data.formats.readers import read_path
 from omnimri.platform.data.formats.records import ReadLimits
 from tests.platform.intake_fakes import (

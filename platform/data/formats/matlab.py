@@ -23,7 +23,7 @@ import numpy as np
 import scipy.io
 from scipy.io.matlab import MatReadError
 
-from omnimri.platform.data.formats.kspace_layouts import scan_of
+from omnimri.platform.data.formats.kspace.layouts import scan_of
 from omnimri.platform.data.formats.records import (
     UNREADABLE,
     ReadError,

@@ -14,16 +14,12 @@ from pathlib import Path, PurePosixPath
 
 from pydicom.dataset import Dataset
 
-from omnimri.platform.data.formats import (
-    dicom,
-    dicom_labels,
-    dicom_reports,
-    kspace,
-    kspace_layouts,
-    matlab,
-    nifti,
-    volumes,
-)  # fmt: skip
+from omnimri.platform.data.formats import matlab, nifti, volumes
+from omnimri.platform.data.formats.dicom import labels as dicom_labels
+from omnimri.platform.data.formats.dicom import reports as dicom_reports
+from omnimri.platform.data.formats.dicom import series as dicom
+from omnimri.platform.data.formats.kspace import hdf5 as kspace
+from omnimri.platform.data.formats.kspace import layouts as kspace_layouts
 from omnimri.platform.data.formats.records import UNREADABLE, ReadError, ReadLimits, SeriesRecord, quiet_libraries
 from omnimri.platform.data.formats.sources import Archive, Folder, Source, open_container, open_sources
 

@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict, dataclass, field, fields
 from typing import Literal
 
-from omnimri.platform.data.formats.dicomweb import DicomwebConfig
+from omnimri.platform.data.formats.dicom.web import DicomwebConfig
 from omnimri.platform.data.formats.records import ReadLimits
 from omnimri.platform.data.intake.deface import check_installed
 from omnimri.platform.data.intake.quality import QualityLimits

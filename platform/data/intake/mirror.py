@@ -18,8 +18,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
-from omnimri.platform.data.formats.dicomweb import DicomwebError, RemoteSeries, Service, quiet_http
-from omnimri.platform.data.formats.dicomweb_query import SeriesQuery
+from omnimri.platform.data.formats.dicom.web import DicomwebError, RemoteSeries, Service, quiet_http
+from omnimri.platform.data.formats.dicom.web_query import SeriesQuery
 from omnimri.platform.data.formats.records import ReadError
 from omnimri.platform.data.intake.config import IngestConfig
 from omnimri.platform.data.intake.draft import try_lock

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from omnimri.models.scan import Scan
 from omnimri.platform.data.deid import scrub, whitelisted
-from omnimri.platform.data.formats.prewhitening import prewhitened
+from omnimri.platform.data.formats.kspace.prewhitening import prewhitened
 from omnimri.platform.data.formats.readers import WorkItem, read_item
 from omnimri.platform.data.formats.records import UNREADABLE, ReadError, ReadLimits, SeriesRecord
 from omnimri.platform.data.formats.sources import open_container

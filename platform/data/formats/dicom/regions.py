@@ -15,7 +15,8 @@ from pydicom.pixels import pixel_array
 from pydicom.uid import SegmentationStorage
 
 from omnimri.models.scan import Scan
-from omnimri.platform.data.formats import dicom_labels, dicom_mosaic
+from omnimri.platform.data.formats.dicom import labels as dicom_labels
+from omnimri.platform.data.formats.dicom import mosaic as dicom_mosaic
 from omnimri.platform.data.formats.label_maps import extent
 from omnimri.platform.data.formats.records import LPS_TO_RAS, ReadLimits
 

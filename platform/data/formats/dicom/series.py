@@ -1,7 +1,7 @@
 """DICOM: finding the instances of a series and reading its volumes of magnitude images.
 
-Mosaics are unpacked first (`dicom_mosaic`). Labels come from overlays (`dicom_overlays`) and from segmentations and
-structure sets that refer to the series (`dicom_labels`), measurements from structured reports (`dicom_reports`).
+Mosaics are unpacked first (`mosaic`). Labels come from overlays (`overlays`) and from segmentations and
+structure sets that refer to the series (`labels`), measurements from structured reports (`reports`).
 Geometry comes from highdicom. A series is sorted by position along the slice normal, never by Instance Number; the
 rescale is applied slice by slice; several images at one position become several volumes.
 """
@@ -24,9 +24,11 @@ from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian
 
 from omnimri.models.scan import Scan
 from omnimri.platform.data.deid import header_identifiers
-from omnimri.platform.data.formats import dicom_labels, dicom_mosaic, dicom_reports
-from omnimri.platform.data.formats.dicom_overlays import overlay_labels
-from omnimri.platform.data.formats.dicom_refusals import (
+from omnimri.platform.data.formats.dicom import labels as dicom_labels
+from omnimri.platform.data.formats.dicom import mosaic as dicom_mosaic
+from omnimri.platform.data.formats.dicom import reports as dicom_reports
+from omnimri.platform.data.formats.dicom.overlays import overlay_labels
+from omnimri.platform.data.formats.dicom.refusals import (
     ENHANCED_MR_IMAGE,
     TRUNCATED,
     refusal,

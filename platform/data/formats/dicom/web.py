@@ -26,7 +26,7 @@ from requests.auth import AuthBase, HTTPBasicAuth
 from urllib3.exceptions import InvalidHeader
 from urllib3.util import Retry
 
-from omnimri.platform.data.formats.dicomweb_query import SeriesQuery, first_value, matches
+from omnimri.platform.data.formats.dicom.web_query import SeriesQuery, first_value, matches
 from omnimri.platform.errors import OmniMRIError
 
 logger = logging.getLogger(__name__)

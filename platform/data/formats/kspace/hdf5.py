@@ -20,8 +20,12 @@ import numpy as np
 from omnimri.models.scan import Scan
 from omnimri.platform.data.deid import header_identifiers
 from omnimri.platform.data.formats.facts import Facts, body_part, ismrmrd_facts, ismrmrd_identifiers, plane
-from omnimri.platform.data.formats.fourier import centered_ifft, crop_readout, root_sum_of_squares_image
-from omnimri.platform.data.formats.prewhitening import RECEIVER_NOISE_BANDWIDTH, bandwidth_scale, noise_covariance
+from omnimri.platform.data.formats.kspace.fourier import centered_ifft, crop_readout, root_sum_of_squares_image
+from omnimri.platform.data.formats.kspace.prewhitening import (
+    RECEIVER_NOISE_BANDWIDTH,
+    bandwidth_scale,
+    noise_covariance,
+)
 from omnimri.platform.data.formats.records import (
     UNREADABLE,
     ReadError,
@@ -72,7 +76,7 @@ class RawKeys:
     """What a probe learns from an HDF5 file without reading k-space."""
 
     layout: str
-    """`fastmri`, `ismrmrd`, `matlab`, or one of `kspace_layouts.LAYOUTS`."""
+    """`fastmri`, `ismrmrd`, `matlab`, or one of `layouts.LAYOUTS`."""
     patient: str
     study: str
     identifiers: tuple[str, ...] = ()
@@ -178,7 +182,7 @@ def open_kspace(path: Path, source: str) -> Iterator[tuple[h5py.File, str, h5py.
 
 
 def _array_layout(file: h5py.File, name: str) -> str:
-    """The layout of k-space in one array, by its type, its axes and what lies beside it (`kspace_layouts`)."""
+    """The layout of k-space in one array, by its type, its axes and what lies beside it (`layouts`)."""
     dataset = file[name]
     if dataset.dtype.names == ("real", "imag") or (dataset.dtype.names is None and name != "kspace"):
         return "cmrxrecon" if dataset.ndim > 3 else "matlab"

@@ -20,7 +20,7 @@ from pydicom.uid import RTStructureSetStorage, SegmentationStorage
 from skimage.draw import polygon
 
 from omnimri.models.scan import Scan
-from omnimri.platform.data.formats.dicom_names import label_name, segment_name
+from omnimri.platform.data.formats.dicom.names import label_name, segment_name
 from omnimri.platform.data.formats.label_maps import Labels, on_grid
 from omnimri.platform.data.formats.records import (
     LPS_TO_RAS,

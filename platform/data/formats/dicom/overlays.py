@@ -4,7 +4,7 @@ A plane of type R (region of interest) is taken as it is. A plane of type G (gra
 logos, and nothing in it says which is which; of it only closed outlines count: connected strokes that enclose one area
 of at least 64 pixels and of twice the pixels drawn. Letters enclose less, open strokes and blobs enclose nothing. An
 outline that encloses more than half of the image is a frame, and one that returns unchanged on every slice of a series
-is a stamp. Text of an overlay is only compared with a vocabulary (`dicom_names`), it goes nowhere.
+is a stamp. Text of an overlay is only compared with a vocabulary (`names`), it goes nowhere.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pydicom.dataset import Dataset
 from scipy import ndimage
 
 from omnimri.models.scan import Scan
-from omnimri.platform.data.formats.dicom_names import label_name
+from omnimri.platform.data.formats.dicom.names import label_name
 from omnimri.platform.data.formats.label_maps import Labels
 
 _GROUPS = range(0x6000, 0x6020, 2)

@@ -17,8 +17,8 @@ import numpy as np
 
 from omnimri.models.scan import Scan
 from omnimri.platform.data.formats.facts import Facts
-from omnimri.platform.data.formats.fourier import root_sum_of_squares_image
-from omnimri.platform.data.formats.kspace import KSPACE_NAMES, RawVolume, finite_image, mask_or_none, read_scans
+from omnimri.platform.data.formats.kspace.fourier import root_sum_of_squares_image
+from omnimri.platform.data.formats.kspace.hdf5 import KSPACE_NAMES, RawVolume, finite_image, mask_or_none, read_scans
 from omnimri.platform.data.formats.records import (
     ReadError,
     ReadLimits,

@@ -15,7 +15,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from omnimri.platform.data.formats.fourier import root_sum_of_squares_image
+from omnimri.platform.data.formats.kspace.fourier import root_sum_of_squares_image
 from omnimri.platform.data.formats.records import SeriesRecord
 
 RECEIVER_NOISE_BANDWIDTH = 0.79

@@ -5,7 +5,7 @@ if it only has coordinates in space, of every series of the report in that frame
 which are those of one image; if it has nothing, of the one image series that the report lists as evidence. Its regions
 become boxes on the grid of the volume (`dicom_regions`). Only codes and numbers are used. Text of a report (observers,
 comments, tracking identifiers) goes nowhere, and neither does what a file writes beside a code, unless the standard or
-our vocabulary knows it (`dicom_names.concept_name`).
+our vocabulary knows it (`names.concept_name`).
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from pydicom.uid import (
 )  # fmt: skip
 
 from omnimri.models.vocabulary import SIDES
-from omnimri.platform.data.formats import dicom_labels
-from omnimri.platform.data.formats.dicom_names import concept_name, is_abnormal, side_name, unit_code
-from omnimri.platform.data.formats.dicom_regions import Drawings, instance_uid
+from omnimri.platform.data.formats.dicom import labels as dicom_labels
+from omnimri.platform.data.formats.dicom.names import concept_name, is_abnormal, side_name, unit_code
+from omnimri.platform.data.formats.dicom.regions import Drawings, instance_uid
 from omnimri.platform.data.formats.records import (
     UNREADABLE,
     ReadError,
