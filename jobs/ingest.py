@@ -2,8 +2,9 @@
 
   omnimri ingest SRC... --out DIR
 
-SRC are folders, zips or files of DICOM, NIfTI (with JSON sidecars), NRRD, MetaImage, NumPy arrays, ISMRMRD, and k-space
-as fastMRI, CC-359, SKM-TEA and CMRxRecon store it; several may be given and their order does not matter. DIR then holds
+SRC are folders, zips or files of DICOM, NIfTI (with JSON sidecars), NRRD, MetaImage, NumPy and MATLAB arrays, ISMRMRD,
+and k-space as fastMRI, CC-359, SKM-TEA and CMRxRecon store it; several may be given and their order does not matter.
+DIR then holds
 
   shards/*.parquet   one row per volume (omnimri.platform.data.schema)
   manifest.json      the rows, their splits, and the digest that names this version of the data
