@@ -23,7 +23,7 @@ from omnimri.platform.language.description import (
     TissueSignalCharacteristics,
     VisibleAnatomicalStructures,
 )
-from omnimri.platform.language.words import CONTRASTS_IN_WORDS, GOOD_SNR, signal_word
+from omnimri.platform.language.words import CONTRASTS_IN_WORDS, noise_words, signal_word
 
 _KIND_NAMES = {"spin echo": "spin echo", "inversion recovery": "inversion recovery", "gradient echo": "gradient echo"}
 _ABSENT = {
@@ -175,12 +175,11 @@ def _origin_of(field: str) -> Origin:
 
 
 def _modality(case: Case) -> ImageModalitySequence:
-    noise = "good signal-to-noise ratio" if case.snr >= GOOD_SNR else "moderate signal-to-noise ratio"
     return ImageModalitySequence(
         modality="MRI",
         sequence=f"{CONTRASTS_IN_WORDS[case.contrast]} {_KIND_NAMES[case.sequence_kind]}",
         plane="axial",
-        acquisition_quality_or_artifacts=f"{noise}, no motion artefact",
+        acquisition_quality_or_artifacts=f"{noise_words(case.snr)}, no motion artefact",
     )
 
 

@@ -20,10 +20,10 @@ from omnimri.platform.language.sections import affirmed, split_sections
 from omnimri.platform.language.words import (
     CONTRASTS_IN_WORDS,
     FLAGS_IN_WORDS,
-    GOOD_SNR,
     STRUCTURE_FIELDS,
     TEMPLATES,
     finding_field,
+    noise_words,
     number_of_ml,
     number_of_mm,
     one_line,
@@ -79,7 +79,8 @@ def sequence_words(facts: Mapping[str, Any]) -> str:
         weighting = TEMPLATES["map"].format(quantity=facts["quantity"])
     else:
         weighting = CONTRASTS_IN_WORDS.get(facts.get("contrast") or "", "")
-    agent = {True: "with contrast agent", False: "without contrast agent"}.get(facts.get("contrast_agent"), "")
+    given = facts.get("contrast_agent")
+    agent = "" if given is None else TEMPLATES["agent"].format(whether="with" if given else "without")
     kind = facts.get("acquisition_type") or ""
     return ", ".join(filter(None, (f"{kind} {weighting}".strip(), agent)))
 
@@ -89,7 +90,7 @@ def quality_words(quality: Mapping[str, float | None], flags: Sequence[str]) -> 
     flagged = [words for flag, words in FLAGS_IN_WORDS.items() if flag in flags]
     snr = quality.get("snr")
     if snr is not None and "low SNR" not in flags:
-        flagged.insert(0, f"{'good' if snr >= GOOD_SNR else 'moderate'} signal-to-noise ratio")
+        flagged.insert(0, noise_words(snr))
     return ", ".join(flagged)
 
 

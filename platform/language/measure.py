@@ -44,7 +44,8 @@ class Measured:
     name: str
     count: int
     sides: tuple[str, ...]
-    """`left`, `right` or `midline` of each; empty where the surroundings tell no midline."""
+    """`left`, `right` or `midline` of each; empty where the surroundings tell no midline, which is taken to be the
+    plane of constant x through the centre of the labelled organ."""
     extent_mm: float
     """Largest edge of a lesion's bounding box along the image axes that are finely sampled (`fine_extent_mm`)."""
     volume_ml: float
@@ -159,7 +160,11 @@ class LabelledVolume:
         """Sides of centroids, against the centroid of the organ with all findings."""
         if around.organ is None:
             return ()
-        middle = self._x_mm(_centroid(self._where(self._parts_of(around.organ)) | self._findings))
+        organ = self._where(self._parts_of(around.organ)) | self._findings
+        across = 2 - int(np.argmax(np.abs(self._affine[0, :3])))
+        if np.take(organ, [0, -1], axis=across).any():
+            return ()  # cut off at a border, its middle need not be the body's
+        middle = self._x_mm(_centroid(organ))
         return tuple(side_of(self._x_mm(part.mean(axis=0)) - middle) for part in parts)
 
     def _x_mm(self, index_zyx: np.ndarray) -> float:

@@ -51,9 +51,10 @@ class Sections:
 def split_sections(report: str) -> Sections:
     """Split a report at its headings, which may come in any order; parts under one heading are joined by lines."""
     headings = list(_HEADING.finditer(report))
-    ends = [heading.start() for heading in headings[1:]] + [len(report)]
-    parts = {section: [] for section in _HEADINGS} | {"other": [report[: headings[0].start()] if headings else report]}
-    for heading, end in zip(headings, ends, strict=True):
+    starts = [*(heading.start() for heading in headings), len(report)]
+    parts: dict[str, list[str]] = {section: [] for section in _HEADINGS}
+    parts["other"].append(report[: starts[0]])
+    for heading, end in zip(headings, starts[1:], strict=True):
         parts[_SECTION_OF[heading[1].lower()]].append(report[heading.end() : end])
     texts = {section: "\n".join(filter(None, map(str.strip, texts))) for section, texts in parts.items()}
     return Sections(**texts)

@@ -148,9 +148,8 @@ def finding_field(name: str) -> str | None:
 
 
 def midline_organ(name: str) -> str | None:
-    """The organ across the midline that a structure is a part of, by its plain name."""
-    plain = _without_side(name)
-    return next((organ for organ, parts in MIDLINE_ORGANS.items() if plain in parts), None)
+    """The organ across the midline that a structure is a part of, by its plain name; None for the part on one side."""
+    return next((organ for organ, parts in MIDLINE_ORGANS.items() if name in parts), None)
 
 
 def _without_side(name: str) -> str:
@@ -176,6 +175,11 @@ def signal_word(ratio: float) -> str:
     return "hyperintense" if ratio > HYPERINTENSE_ABOVE else "isointense"
 
 
+def noise_words(snr: float) -> str:
+    """How good a signal-to-noise ratio is."""
+    return f"{'good' if snr >= GOOD_SNR else 'moderate'} signal-to-noise ratio"
+
+
 TEMPLATES: Mapping[str, str] = {
     "one lesion": "1 lesion",
     "lesions": "{count} lesions",
@@ -190,6 +194,7 @@ TEMPLATES: Mapping[str, str] = {
     "site": "surrounded mostly by {site}",
     "signal": "{name} {signal} to {reference}",
     "map": "quantitative {quantity} map",
+    "agent": "{whether} contrast agent",
 }
 """Every phrase of a derived description that is more than a name."""
 
