@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import permutations, product
 
 import numpy as np
+from scipy.spatial import KDTree
 from scipy.spatial.transform import Rotation
 
 from omnimri.platform.language.derive import Known
@@ -118,3 +119,14 @@ def true_extent_mm(case: Stored, value: int) -> float:
     fine = lengths <= 1.5 * lengths.min()
     edges = [np.ptp(points @ (steps / lengths), axis=0) + lengths for points in lesions_of(case, value)]
     return float(max((edge[fine].max() for edge in edges), default=0.0))
+
+
+def true_site(case: Stored, value: int) -> str:
+    """The tissue that is more than half of what lies within 5 mm along each axis of the grid."""
+    lengths = np.linalg.norm(case.affine[:3, :3], axis=0)
+    to_grid = np.linalg.inv(case.affine[:3, :3] / lengths)
+    lesion = np.concatenate(lesions_of(case, value)) @ to_grid.T
+    outside = np.argwhere(~np.isin(case.labels, list(FINDINGS)))
+    distance, _ = KDTree(lesion).query(_ras(case, outside) @ to_grid.T, p=np.inf, distance_upper_bound=5.5)
+    around = case.labels[tuple(outside[distance <= 5].T)]
+    return next((NAMES[tissue] for tissue in (1, 2) if 2 * (around == tissue).sum() > around.size), "")

@@ -26,6 +26,7 @@ from tests.platform.language_cases import (
     stored_as,
     true_extent_mm,
     true_sides,
+    true_site,
 )
 
 SEEDS = range(24)
@@ -114,7 +115,7 @@ def test_only_names_that_have_voxels_are_named(seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_signal_words_and_surroundings_hold_in_the_image(seed: int) -> None:
+def test_signal_words_hold_in_the_image(seed: int) -> None:
     case = random_case(seed)
     description, _ = derive(case.known())
     # The image of a case gives each label one brightness, within 5 %.
@@ -125,6 +126,16 @@ def test_signal_words_and_surroundings_hold_in_the_image(seed: int) -> None:
     assert description.tissue_signal_characteristics.normal_signal_appearance == (
         "grey matter hypointense to white matter"
     )
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_what_surrounds_a_lesion_is_most_of_what_is_near(seed: int) -> None:
+    case = random_case(seed)
+    stated = findings_of(derive(case.known())[0])
+    for value, name in FINDINGS.items():
+        if name in stated:
+            site = re.search(r", surrounded mostly by (.+)$", stated[name])
+            assert (site[1] if site else "") == true_site(case, value)
 
 
 def test_nothing_is_said_of_signal_in_a_map_or_without_normal_tissue() -> None:
