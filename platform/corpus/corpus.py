@@ -252,7 +252,7 @@ def _annotate(simulated: Simulated, number: int, received: Received, written: Wr
         "boxes": [_box(lesion, simulated.labels.shape[1], written.rows_turned) for lesion in simulated.lesions],
         "classes": [patient.diagnosis],
         "report": report,
-        "description": description,
+        "description": description.model_dump(),
         "description_origin": origin,
     }
 

@@ -14,10 +14,17 @@ import numpy as np
 from omnimri.models.vocabulary import NORMAL
 from omnimri.platform.corpus.lesions import FINDING_OF
 from omnimri.platform.corpus.truth import Lesion
+from omnimri.platform.language.description import (
+    Description,
+    DiagnosticImpression,
+    ImageModalitySequence,
+    Origin,
+    PathologicalFindings,
+    TissueSignalCharacteristics,
+    VisibleAnatomicalStructures,
+)
+from omnimri.platform.language.words import CONTRASTS_IN_WORDS, noise_words, signal_word
 
-Description = dict[str, dict[str, str]]
-
-_CONTRAST_NAMES = {"T1w": "T1-weighted", "T2w": "T2-weighted", "FLAIR": "FLAIR", "PD": "proton density-weighted"}
 _KIND_NAMES = {"spin echo": "spin echo", "inversion recovery": "inversion recovery", "gradient echo": "gradient echo"}
 _ABSENT = {
     "old infarct": "infarct",
@@ -69,14 +76,13 @@ class Case:
 
     def look(self, part: str) -> str:
         """`hypointense`, `isointense` or `hyperintense` to white matter."""
-        ratio = self.brightness[part]
-        return "hypointense" if ratio < 0.87 else "hyperintense" if ratio > 1.15 else "isointense"
+        return signal_word(self.brightness[part])
 
 
 def write_report(case: Case, rng: np.random.Generator) -> str:
     """Technique, findings, impression and recommendation in at most 90 words."""
     pick = _Picker(rng)
-    technique = f"Technique: axial {_CONTRAST_NAMES[case.contrast]} brain MRI at {case.field_strength_t:g} T."
+    technique = f"Technique: axial {CONTRASTS_IN_WORDS[case.contrast]} brain MRI at {case.field_strength_t:g} T."
     findings = " ".join([*_finding_sentences(case, pick), _absent(case, pick), _spaces(case, pick)])
     advice = pick(*_ADVICE[case.diagnosis])
     return f"{technique} Findings: {findings} Impression: {_impression(case, pick)}. Recommendation: {advice}."
@@ -148,52 +154,46 @@ def _impression(case: Case, pick: _Picker) -> str:
     return f"{name[case.diagnosis]} {pick('in', 'of')} the {case.place}"
 
 
-def describe(case: Case, rng: np.random.Generator) -> tuple[Description, dict[str, str]]:
-    """The five-level description with the paper's keys (Figure 2), and the origin of every field that is filled."""
+def describe(case: Case, rng: np.random.Generator) -> tuple[Description, dict[str, Origin]]:
+    """The five-level description, and the origin of every field that is filled."""
     pick = _Picker(rng)
-    description = {
-        "image_modality_sequence": _modality(case),
-        "visible_anatomical_structures": _structures(case),
-        "tissue_signal_characteristics": _signals(case),
-        "pathological_findings": _pathology(case),
-        "diagnostic_impression": {
-            "suggestive_of": NORMAL if case.diagnosis == NORMAL else case.diagnosis,
-            "severity_or_grading": "",
-            "recommendation": pick(*_ADVICE[case.diagnosis]).lower().replace("mri", "MRI"),
-        },
-    }
-    origin = {
-        f"{level}.{key}": "header" if key in ("modality", "sequence", "plane") else "label"
-        for level, fields in description.items()
-        for key, value in fields.items()
-        if value
-    }
-    return description, origin
+    description = Description(
+        image_modality_sequence=_modality(case),
+        visible_anatomical_structures=_structures(case),
+        tissue_signal_characteristics=_signals(case),
+        pathological_findings=_pathology(case),
+        diagnostic_impression=DiagnosticImpression(
+            suggestive_of=case.diagnosis,
+            recommendation=pick(*_ADVICE[case.diagnosis]).lower().replace("mri", "MRI"),
+        ),
+    )
+    return description, {field: _origin_of(field) for field, _ in description.filled()}
 
 
-def _modality(case: Case) -> dict[str, str]:
-    noise = "good signal-to-noise ratio" if case.snr >= 30 else "moderate signal-to-noise ratio"
-    return {
-        "modality": "MRI",
-        "sequence": f"{_CONTRAST_NAMES[case.contrast]} {_KIND_NAMES[case.sequence_kind]}",
-        "plane": "axial",
-        "acquisition_quality_or_artifacts": f"{noise}, no motion artefact",
-    }
+def _origin_of(field: str) -> Origin:
+    return "header" if field.rpartition(".")[2] in ("modality", "sequence", "plane") else "label"
 
 
-def _structures(case: Case) -> dict[str, str]:
-    return {
-        "bony_structures": "skull",
-        "articular_structures": "",
-        "soft_tissues_and_musculature": "scalp and face",
-        "organs_or_central_structures": "cerebral hemispheres, basal ganglia, brainstem, cerebellum",
-        "neurovascular_or_connective_structures": "",
-        "spaces_or_cavities_or_joint_compartments":
-            "mildly widened ventricles and sulci" if case.has_wide_ventricles else "ventricles and sulci",
-    }  # fmt: skip
+def _modality(case: Case) -> ImageModalitySequence:
+    return ImageModalitySequence(
+        modality="MRI",
+        sequence=f"{CONTRASTS_IN_WORDS[case.contrast]} {_KIND_NAMES[case.sequence_kind]}",
+        plane="axial",
+        acquisition_quality_or_artifacts=f"{noise_words(case.snr)}, no motion artefact",
+    )
 
 
-def _signals(case: Case) -> dict[str, str]:
+def _structures(case: Case) -> VisibleAnatomicalStructures:
+    spaces = "mildly widened ventricles and sulci" if case.has_wide_ventricles else "ventricles and sulci"
+    return VisibleAnatomicalStructures(
+        bony_structures="skull",
+        soft_tissues_and_musculature="scalp and face",
+        organs_or_central_structures="cerebral hemispheres, basal ganglia, brainstem, cerebellum",
+        spaces_or_cavities_or_joint_compartments=spaces,
+    )
+
+
+def _signals(case: Case) -> TissueSignalCharacteristics:
     parts = {
         NORMAL: (),
         "old infarct": (("cavity", "cavity"), ("gliosis", "rim")),
@@ -202,11 +202,11 @@ def _signals(case: Case) -> dict[str, str]:
         "haemorrhage": (("blood core", "core"), ("blood rim", "rim")),
     }[case.diagnosis]
     fluid, grey = (case.look(tissue) for tissue in ("cerebrospinal fluid", "grey matter"))
-    return {
-        "normal_signal_appearance": f"{fluid} fluid, {grey} cortex",
-        "abnormal_signal_patterns": ", ".join(f"{case.look(part)} {name}" for part, name in parts),
-        "symmetry_and_structural_integrity": _symmetry(case),
-    }
+    return TissueSignalCharacteristics(
+        normal_signal_appearance=f"{fluid} fluid, {grey} cortex",
+        abnormal_signal_patterns=", ".join(f"{case.look(part)} {name}" for part, name in parts),
+        symmetry_and_structural_integrity=_symmetry(case),
+    )
 
 
 def _symmetry(case: Case) -> str:
@@ -217,18 +217,16 @@ def _symmetry(case: Case) -> str:
     return "bilateral lesions" if case.side == "bilateral" else "midline lesion"
 
 
-def _pathology(case: Case) -> dict[str, str]:
-    found = {"structural_abnormalities": "", "signal_abnormalities_or_fluid_collections": "",
-             "masses_or_suspicious_lesions": ""}  # fmt: skip
+def _pathology(case: Case) -> PathologicalFindings:
     if case.diagnosis == "old infarct":
-        found["structural_abnormalities"] = f"{case.size_mm} mm old infarct in the {case.place}"
-    elif case.diagnosis == "demyelinating disease":
-        sides = "bilateral" if case.side == "bilateral" else case.side
-        found["signal_abnormalities_or_fluid_collections"] = (
-            f"{len(case.lesions)} {sides} periventricular plaques up to {case.size_mm} mm"
-        )
-    elif case.diagnosis == "haemorrhage":
-        found["signal_abnormalities_or_fluid_collections"] = f"{case.size_mm} mm haemorrhage in the {case.place}"
-    elif case.diagnosis == "oedematous mass":
-        found["masses_or_suspicious_lesions"] = f"{case.size_mm} mm mass with oedema in the {case.place}"
-    return found
+        return PathologicalFindings(structural_abnormalities=f"{case.size_mm} mm old infarct in the {case.place}")
+    if case.diagnosis == "demyelinating disease":
+        plaques = f"{len(case.lesions)} {case.side} periventricular plaques up to {case.size_mm} mm"
+        return PathologicalFindings(signal_abnormalities_or_fluid_collections=plaques)
+    if case.diagnosis == "haemorrhage":
+        bleed = f"{case.size_mm} mm haemorrhage in the {case.place}"
+        return PathologicalFindings(signal_abnormalities_or_fluid_collections=bleed)
+    if case.diagnosis == "oedematous mass":
+        mass = f"{case.size_mm} mm mass with oedema in the {case.place}"
+        return PathologicalFindings(masses_or_suspicious_lesions=mass)
+    return PathologicalFindings()

@@ -2,16 +2,6 @@
 
 from __future__ import annotations
 
-MIDLINE_MM = 5.0
-"""Centres nearer to the midline than this belong to neither hemisphere."""
-
-
-def side_of(x_mm: float) -> str:
-    """`left`, `right` or `midline` of a point; x counts towards the patient's right."""
-    if abs(x_mm) < MIDLINE_MM:
-        return "midline"
-    return "left" if x_mm < 0 else "right"
-
 
 def region_of(x_mm: float, y_mm: float, z_mm: float) -> str:
     """Lobe or deep structure around a point, by planes along the large fissures of MNI space.

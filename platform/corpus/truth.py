@@ -8,7 +8,8 @@ import numpy as np
 from scipy import ndimage
 
 from omnimri.models.vocabulary import FINDINGS, TISSUES
-from omnimri.platform.corpus.places import region_of, side_of
+from omnimri.platform.corpus.places import region_of
+from omnimri.platform.language.words import side_of
 
 LABEL_NAMES = dict(enumerate((*TISSUES, *FINDINGS), start=1))
 """Values of the label map; 0 is everything outside the brain."""

@@ -14,9 +14,10 @@ from omnimri.platform.corpus.anatomy import CLASSES, Build, Head, Template, draw
 from omnimri.platform.corpus.fields import smooth_field
 from omnimri.platform.corpus.geometry import Grid, Pose, draw_geometry
 from omnimri.platform.corpus.patient import Patient, Simulated, simulate
-from omnimri.platform.corpus.places import region_of, side_of
+from omnimri.platform.corpus.places import region_of
 from omnimri.platform.corpus.scanners import draw_protocols, draw_scanner
 from omnimri.platform.corpus.signal import RELAXATION, Relaxation, Sequence, nulling_ti_ms, signal
+from omnimri.platform.language.words import side_of
 
 SHAPE, SPACING_MM = (24, 112, 96), (6.0, 2.0, 2.0)
 AVERAGE = Build(petalia=0.045, ventricles=0.1, atrophy=0.2, marrow_mm=2.0, fat_mm=4.0)

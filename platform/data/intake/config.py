@@ -62,6 +62,8 @@ class IngestConfig:
     three or more axes, or the one that the catalogue names."""
     quality: QualityLimits = field(default_factory=QualityLimits)
     """Beyond what a volume is flagged; it is kept."""
+    describe: bool = True
+    """Derive a description from headers, labels and reports where the annotation of a volume brings none."""
     deface: bool = False
     """Remove the face from images of heads; needs the extra `deface`. Simulated heads keep theirs."""
     undefaced: Literal["reject", "flag"] = "reject"

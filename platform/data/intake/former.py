@@ -114,6 +114,7 @@ def kept_settings(config: IngestConfig) -> dict[str, Any]:
         "seed": config.seed,
         "split_by": config.split_by,
         "split_fractions": list(config.split_fractions),
+        "describe": config.describe,
         "deface": config.deface,
         "undefaced": config.undefaced,
         "voxels": config.voxel_settings,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from omnimri.platform.data.intake.config import IngestConfig
 from omnimri.platform.data.intake.deface import Faceless, face_flags, remove_face
 from omnimri.platform.data.intake.quality import fingerprint, image_quality, quality_flags
 from omnimri.platform.data.schema import SCHEMA, SCHEMA_VERSION, pack_array
+from omnimri.platform.language.derive import Known, derive
 
 INTAKE_VERSION = "intake-4"
 """Raised when the same file would give other voxels, geometry, labels or facts."""
@@ -187,6 +189,16 @@ def make_row(record: SeriesRecord, plan: PlannedItem, config: IngestConfig) -> R
     if config.deface and not plan.simulated:
         faceless = remove_face(record, facts, label_map, label_names, boxes, undefaced=config.undefaced)
     scan, label_map = faceless.scan, faceless.label_map
+    flags = quality_flags(scan.image.shape, measured, config.quality, t1_weighted=facts["contrast"] == "T1w")
+    flags += faceless.flags or face_flags(scan, facts, measured, simulated=plan.simulated)
+    flags += record.flags
+    classes = record.classes if annotation.classes is None else annotation.classes
+    report = scrub(annotation.report, record.identifiers)
+    known = Known(
+        image=scan.image, affine=scan.affine, facts=facts, quality=measured, flags=flags, label_map=label_map,
+        label_names=label_names, boxes=boxes, classes=classes, report=report,
+    )  # fmt: skip
+    description, origin = _described(annotation, known, config)
     row = {
         "schema_version": SCHEMA_VERSION,
         "dataset": plan.dataset,
@@ -207,16 +219,14 @@ def make_row(record: SeriesRecord, plan: PlannedItem, config: IngestConfig) -> R
         "label_map": pack_array(label_map),
         "label_names": sorted(label_names.items()) if label_map is not None else None,
         "boxes": boxes,
-        "classes": record.classes if annotation.classes is None else annotation.classes,
+        "classes": classes,
         "measurements": record.measurements,
-        "report": scrub(annotation.report, record.identifiers),
-        "description": _json(scrub(annotation.description, record.identifiers)),
-        "description_origin": _json(annotation.description_origin),
+        "report": report,
+        "description": _json(scrub(description, record.identifiers)),
+        "description_origin": _json(origin),
         **facts,
         "quality": measured,
-        "flags": quality_flags(scan.image.shape, measured, config.quality, t1_weighted=facts["contrast"] == "T1w")
-        + (faceless.flags or face_flags(scan, facts, measured, simulated=plan.simulated))
-        + list(record.flags),
+        "flags": flags,
         "fingerprint": fingerprint(record.scan.image, record.scan.affine),
         "preprocessing_version": preprocessing_version(config) + faceless.version,
     }
@@ -225,6 +235,16 @@ def make_row(record: SeriesRecord, plan: PlannedItem, config: IngestConfig) -> R
     digest = _digest_of(arrays, said)
     voxels = _digest_of(arrays["image"], arrays["kspace"], row["affine"])
     return Row(values={"row_id": digest[:16], **row}, digest=digest, voxels=voxels, misfits=errors)
+
+
+def _described(
+    annotation: Annotation, known: Known, config: IngestConfig
+) -> tuple[dict[str, Any] | None, Mapping[str, str] | None]:
+    """The description that came with a volume, else the one that follows from what is known; and its origin."""
+    if annotation.description is not None or not config.describe:
+        return annotation.description, annotation.description_origin
+    description, origin = derive(known)
+    return description.model_dump(), origin
 
 
 def _fitted(
@@ -250,7 +270,7 @@ def _fitted(
     return label_map, label_names, record.boxes if annotation.boxes is None else boxes, errors
 
 
-def _json(value: dict[str, Any] | None) -> str | None:
+def _json(value: Mapping[str, Any] | None) -> str | None:
     return None if value is None else json.dumps(value, ensure_ascii=False, sort_keys=True)
 
 
