@@ -45,7 +45,7 @@ sets timeouts, retries, how many series are retrieved at once, and keep_spool.
 front of and below a plane 5 mm off the brain becomes zero, the grid stays. The brain is that of the volume's own label
 map (grey and white matter, or brain), else a template registered to the image. Volumes that name no body part are taken
 for heads. What cannot be defaced (k-space, no brain found, a cut through a lesion or a box) is rejected, or kept under
-a flag with --set undefaced=flag. Look at some of the result: eyelids and brow may be left, and ears are.
+a flag with --set undefaced=flag. Look at some of the result: forehead, brow, half of the eyes and ears are left.
 
 The exit status is 0 when the corpus stands and holds at least one volume. The last line says how many were rejected.
 

@@ -156,7 +156,7 @@ def _local_ray(num_cpus: int | None) -> Iterator[None]:
     """Start a Ray of our own and stop it."""
     # From an uninstalled tree the workers would not find the package.
     search_path = [str(Path(omnimri.__file__).parents[1]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-    # Workers inherit the environment of the Ray that is started here; one of their own would cost seconds each.
+    # Workers inherit the environment of the Ray that is started here; one of their own costs each a second more.
     variables = {
         "PYTHONPATH": os.pathsep.join(dict.fromkeys(filter(None, search_path))),
         # The operating system's own limit is enough on a laptop; Ray's monitor kills workers when others are large.

@@ -5,7 +5,6 @@ Every field is a short phrase; an empty one is unknown, which is not the same as
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
@@ -75,15 +74,6 @@ class Description(_Strict):
     diagnostic_impression: DiagnosticImpression = DiagnosticImpression()
 
     @classmethod
-    def from_row(cls, text: str | None) -> Description | None:
-        """What the column `description` holds; keys that it leaves out are unknown, None is not described.
-
-        Raises:
-            pydantic.ValidationError: A ValueError: a key is none of the paper's, or a value is no text.
-        """
-        return None if text is None else cls.model_validate_json(text)
-
-    @classmethod
     def from_fields(cls, fields: Mapping[str, str]) -> Description:
         """Inverse of `filled`, from `level.key` to phrase.
 
@@ -95,10 +85,6 @@ class Description(_Strict):
             level, _, key = field.partition(".")
             levels.setdefault(level, {})[key] = phrase
         return cls.model_validate(levels)
-
-    def to_row(self) -> str:
-        """JSON of the column `description`."""
-        return json.dumps(self.model_dump(), ensure_ascii=False, sort_keys=True)
 
     def filled(self) -> Iterator[tuple[str, str]]:
         """`level.key` and phrase of every field that is known, in the paper's order."""

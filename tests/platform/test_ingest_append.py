@@ -127,7 +127,7 @@ def test_an_append_that_fails_leaves_the_corpus_as_it_was(tmp_path: Path, monkey
     before = splits(out)
     write(files, range(3, 6))
     with monkeypatch.context() as patch:
-        patch.setattr(module, "publish", lambda *_: (_ for _ in ()).throw(OSError("the disk is full")))
+        patch.setattr(module, "put_in_place", lambda *_: (_ for _ in ()).throw(OSError("the disk is full")))
         with pytest.raises(OSError, match="full"):
             ingest([files], out, IngestConfig(append=True))
     assert splits(out) == before
@@ -174,6 +174,8 @@ def test_of_two_appends_at_once_none_is_lost(tmp_path: Path, monkeypatch: pytest
     """The second one to finish finds that the corpus is no longer the one that it began with."""
     files, out = write(tmp_path / "in", range(3)), tmp_path / "out"
     january, february = write(tmp_path / "january", range(10, 13)), write(tmp_path / "february", range(20, 23))
+    for month in (january, february):
+        (month / f"sub-{month.name}_T1w.nii").write_bytes(b"broken")
     ingest([files], out, IngestConfig())
     real = module._read_and_write
 
@@ -185,7 +187,10 @@ def test_of_two_appends_at_once_none_is_lost(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(module, "_read_and_write", meanwhile)
     with pytest.raises(ValueError, match="Run the same command again"):
         ingest([january], out, IngestConfig(append=True))
-    assert ingest([january], out, IngestConfig(append=True)).num_volumes == 9
+    summary = ingest([january], out, IngestConfig(append=True))
+    assert (summary.num_volumes, summary.num_rejected) == (9, 2)
+    ledger = [json.loads(line)["source"] for line in summary.rejects_path.read_text().splitlines()]
+    assert ledger == ["sub-february_T1w.nii", "sub-january_T1w.nii"]
 
 
 def test_a_corpus_that_a_kill_caught_between_two_places_is_taken_back(tmp_path: Path) -> None:

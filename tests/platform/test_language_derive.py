@@ -108,7 +108,7 @@ def test_only_names_that_have_voxels_are_named(seed: int) -> None:
     rng = np.random.default_rng(seed)
     removed = rng.choice(list(NAMES), size=2, replace=False)
     case = Stored(np.where(np.isin(case.labels, removed), 0, case.labels).astype(np.uint8), case.image, case.affine)
-    text = derive(case.known())[0].to_row()
+    text = derive(case.known())[0].model_dump_json()
     for value, name in NAMES.items():
         if not (case.labels == value).any() or not (structure_kind(name) or finding_field(name)):
             assert name not in text
@@ -147,7 +147,7 @@ def test_nothing_is_said_of_signal_in_a_map_or_without_normal_tissue() -> None:
     description, _ = derive(alone.known())
     assert not any(description.tissue_signal_characteristics.model_dump().values())
     assert findings_of(description)
-    assert not re.search("left|right|midline|surrounded", description.to_row())
+    assert not re.search("left|right|midline|surrounded", description.model_dump_json())
 
 
 def test_side_is_not_told_in_an_organ_that_lies_on_one_side() -> None:
@@ -201,7 +201,7 @@ def test_boxes_are_counted_as_boxes() -> None:
         "old infarct: marked by 1 box, left, 2 mm along image axes"
     )
     assert origin["pathological_findings.structural_abnormalities"] == "label"
-    assert "something new" not in description.to_row()
+    assert "something new" not in description.model_dump_json()
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def row_of(annotation: Annotation | None, config: IngestConfig | None = None, **
 
 def test_a_row_without_description_gets_one_that_follows_from_it() -> None:
     values = row_of(None).values
-    description = Description.from_row(values["description"])
+    description = Description.model_validate_json(values["description"])
     assert description.image_modality_sequence.sequence == "2D T2-weighted"
     assert description.pathological_findings.structural_abnormalities == (
         "old infarct: 1 lesion, left, 30 mm along image axes, 7.2 mL, surrounded mostly by white matter"
@@ -81,7 +81,7 @@ def test_a_description_that_was_given_stays_to_the_letter() -> None:
 def test_the_impression_is_taken_from_a_report_without_what_identifies_the_patient() -> None:
     report = "Findings: Normal for Doe. Impression: Old infarct in Doe. No mass."
     values = row_of(Annotation(report=report), identifiers=("Doe",)).values
-    description = Description.from_row(values["description"])
+    description = Description.model_validate_json(values["description"])
     assert description.diagnostic_impression.suggestive_of == "Old infarct in [removed]"
     assert json.loads(values["description_origin"])["diagnostic_impression.suggestive_of"] == "report"
     assert "Doe" not in values["description"]

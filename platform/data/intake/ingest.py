@@ -29,7 +29,7 @@ from omnimri.platform.data.intake.deface import deidentification
 from omnimri.platform.data.intake.draft import Draft, open_draft
 from omnimri.platform.data.intake.former import FormerCorpus, kept_settings, key_check, open_former
 from omnimri.platform.data.intake.plan import catalogued_roots, make_plan
-from omnimri.platform.data.intake.publish import is_corpus, publish, requests_of, restore
+from omnimri.platform.data.intake.publish import is_corpus, put_in_place, requests_of, restore, turn
 from omnimri.platform.data.intake.quality import near_copies
 from omnimri.platform.data.intake.report import write_report
 from omnimri.platform.data.intake.summary import REJECTS_NAME, SUMMARY_NAME, summarise
@@ -118,14 +118,16 @@ def ingest(
         refusals = [*refused, *errors, *unplanned, *changed]
         rejects += [*(error.as_row() for error in refusals), *duplicates, *leaks]
         ledger = _ledger(former, rejects, rows)
-        _write_lines(ledger_path, ledger, mode=0o600)
         if not rows:
+            _write_lines(ledger_path, ledger, mode=0o600)
             shutil.rmtree(draft.folder)
             raise ValueError(f"No volume could be read: 0 ingested, {len(ledger)} rejected; reasons in {ledger_path}")
         former.link_shards(draft.folder)
         tables = _write_documents(draft.folder, rows, ledger, requests, key, config)
         draft.clear()
-        publish(draft.folder, out, former.requests if former.folder else None)
+        with turn(out, former.requests if former.folder else None):
+            _write_lines(ledger_path, ledger, mode=0o600)
+            put_in_place(draft.folder, out)
     return _summary(out, tables, num_added=len(rows) - len(former.rows), reused=False)
 
 

@@ -6,7 +6,6 @@ import contextlib
 import fcntl
 import json
 import logging
-import os
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
@@ -29,24 +28,39 @@ def requests_of(corpus: Path) -> list[str]:
     return json.loads((corpus / MANIFEST_NAME).read_text(encoding="utf-8")).get("requests", [])
 
 
-def publish(finished: Path, out: Path, former_requests: Sequence[str] | None) -> None:
-    """Put the finished folder in its place; a corpus that is replaced goes only when the new one stands.
+@contextlib.contextmanager
+def turn(out: Path, former_requests: Sequence[str] | None) -> Iterator[None]:
+    """Be the only one who changes a corpus that is appended to.
 
     Args:
-        finished: The folder, on the same file system as `out`.
         out: Its place.
-        former_requests: Those of the corpus that was appended to; None replaces whatever is there.
+        former_requests: Those it had when this ingest began; None for a corpus that is new or replaced as a whole.
 
     Raises:
-        ValueError: If another ingest has changed that corpus in the meantime; the finished folder stays.
+        ValueError: If another ingest has changed it since.
     """
-    with _alone(out.parent):
-        if former_requests is not None and requests_of(out) != list(former_requests):
-            raise ValueError(f"{out}: another ingest has added to it in the meantime. Run the same command again.")
-        replaced = out.with_name(f"{out.name}.replaced-{secrets.token_hex(4)}")
-        if out.exists():
-            out.rename(replaced)
-        finished.rename(out)
+    if former_requests is None:
+        yield
+        return
+    changed = ValueError(f"{out}: another ingest has added to it in the meantime. Run the same command again.")
+    try:
+        # Open for writing, or NFS gives no lock. Whoever waits here while another publishes has the manifest of before.
+        lock = (out / MANIFEST_NAME).open("r+", encoding="utf-8")
+    except FileNotFoundError:
+        raise changed from None
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if requests_of(out) != list(former_requests):
+            raise changed
+        yield
+
+
+def put_in_place(finished: Path, out: Path) -> None:
+    """Move a finished folder to its place; a corpus that is replaced goes only when the new one stands."""
+    replaced = out.with_name(f"{out.name}.replaced-{secrets.token_hex(4)}")
+    if out.exists():
+        out.rename(replaced)
+    finished.rename(out)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -54,17 +68,5 @@ def restore(out: Path) -> None:
     """Put a corpus back that a kill caught on its way out of its place, before the new one stood there."""
     replaced = [folder for folder in out.parent.glob(f"{out.name}.replaced-*") if is_corpus(folder)]
     if len(replaced) == 1 and not out.exists():
-        with _alone(out.parent):
-            replaced[0].rename(out)
+        replaced[0].rename(out)
         logger.warning("%s was taken back: an ingest was killed while it replaced it", out)
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Wait for whoever publishes in a folder; the system gives the lock back when the process dies."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)

@@ -27,7 +27,8 @@ _DIETRICH = 1 / np.sqrt(2 / (4 - np.pi))
 _DARK = 0.5
 """Air is darker than this share of the foreground's median."""
 _MOST_SLICES = 8
-"""Slices, evenly spread, on which noise, entropy and ghosts are measured: more change the values little."""
+"""Slices, evenly spread, on which noise, entropy and ghosts are measured. With all 48 slices of synthetic volumes SNR
+and FBER change by less than 1 %, EFC, which knows the number of voxels, by 6 %."""
 _THUMBNAIL, _FREQUENCIES = 16, 7
 _NUM_BITS, _NUM_BANDS = 256, 16
 _BIT_ORDER = np.random.default_rng(0).permutation(_NUM_BITS)
@@ -126,13 +127,13 @@ def ghost_to_signal(image: np.ndarray, head: np.ndarray, axis: int) -> float:
 
 def _foreground(image: np.ndarray, threshold: float) -> np.ndarray:
     """What is brighter, without specks and holes; the triangle is the foot of the largest peak, which mostly is air."""
-    # Filters of grey values are separable, and so ten times as fast as those of binary ones.
+    # Filters of grey values are separable, which those of binary ones are not.
     opened = grey_opening((image > threshold).view(np.uint8), size=(1, 3, 3))
     return np.stack([~_open_to_the_border(section == 0) for section in opened])
 
 
 def _open_to_the_border(section: np.ndarray) -> np.ndarray:
-    """What of a binary slice is connected with its edge; many times as fast as `binary_fill_holes`."""
+    """What of a binary slice is connected with its edge; `binary_fill_holes` takes four times as long."""
     parts, _ = label(np.pad(section, 1, constant_values=True))
     return parts[1:-1, 1:-1] == parts[0, 0]
 
