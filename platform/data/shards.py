@@ -7,7 +7,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from omnimri.models.scan import Scan
+from omnimri.platform.data.generated import GeneratedRef, read_line, usable_lines, with_generated
 from omnimri.platform.data.schema import FACTS, FLAGS, READABLE_VERSIONS, SCHEMA, SCHEMA_VERSION
 
 MANIFEST_NAME = "manifest.json"
@@ -73,6 +74,8 @@ class RowRef:
     has_description: bool
     flags: tuple[str, ...]
     """What quality checks found; see `omnimri.platform.data.intake.quality`."""
+    generated: GeneratedRef | None = None
+    """What a model wrote about it; see `omnimri.platform.data.generated`."""
 
 
 class Shards:
@@ -96,7 +99,8 @@ class Shards:
             for folder, manifest in zip(paths, manifests, strict=True)
             for entry in manifest["rows"]
         ]
-        return cls(rows, manifests)
+        lines = {row_id: line for folder in paths for row_id, line in usable_lines(Path(folder)).items()}
+        return cls([replace(row, generated=lines.get(row.row_id)) for row in rows], manifests)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -141,6 +145,10 @@ class Shards:
             )
         return Shards(rows, self.manifests)
 
+    def without_generated(self) -> Shards:
+        """The same rows without what models wrote about them."""
+        return Shards([replace(row, generated=None) for row in self.rows], self.manifests)
+
     def count_flags(self) -> dict[str, int]:
         """Volumes by what they are flagged for, the commonest first."""
         kinds = (kind for row in self.rows for kind in set(map(flag_kind, row.flags)))
@@ -154,7 +162,11 @@ class Shards:
     def digest(self) -> str:
         """Version of the data: changes with any row's content, not with the order, the layout or the key."""
         version = max((manifest["schema_version"] for manifest in self.manifests), default=SCHEMA_VERSION)
-        return content_digest(((row.digest, row.split) for row in self.rows), version)
+        return content_digest(((_digest_with_generated(row), row.split) for row in self.rows), version)
+
+
+def _digest_with_generated(row: RowRef) -> str:
+    return f"{row.digest}+{row.generated.digest}" if row.generated else row.digest
 
 
 def flag_kind(flag: str) -> str:
@@ -188,11 +200,12 @@ def load_row(ref: RowRef, columns: Sequence[str] | None = None) -> dict[str, Any
         columns: Columns to read; all by default. Leave `kspace` out where it is not used: it is most of the bytes.
 
     Returns:
-        Column to value: arrays as read-only numpy arrays, `label_names` as a dictionary, absent values as None, and so
-        are columns that the schema did not have when the row was written.
+        Column to value: arrays as read-only numpy arrays, the image as float32, `label_names` as a dictionary, absent values as None, and so
+        are columns that the schema did not have when the row was written. The description holds what a model wrote
+        where nothing else was known.
 
     Raises:
-        ValueError: If a column is unknown.
+        ValueError: If a column is unknown, or what a model wrote was changed under its manifest.
     """
     names = list(SCHEMA.names if columns is None else columns)
     if unknown := sorted(set(names) - set(SCHEMA.names)):
@@ -200,7 +213,16 @@ def load_row(ref: RowRef, columns: Sequence[str] | None = None) -> dict[str, Any
     with pq.ParquetFile(ref.path) as file:
         written = set(file.schema_arrow.names)
         table = file.read_row_group(ref.row_group, columns=[n for n in names if n in written], use_threads=False)
-    return {name: _value(name, table.column(name)[0]) if name in written else None for name in names}
+    row = {name: _value(name, table.column(name)[0]) if name in written else None for name in names}
+    return _with_generated(row, ref.generated) if ref.generated and "description" in row else row
+
+
+def _with_generated(row: dict[str, Any], ref: GeneratedRef) -> dict[str, Any]:
+    merged = with_generated(row["description"], row.get("description_origin"), read_line(ref)["fields"])
+    return {**row, **{name: text for name, text in zip(_DESCRIBED, merged, strict=True) if name in row}}
+
+
+_DESCRIBED = ("description", "description_origin")
 
 
 def row_to_scan(row: Mapping[str, Any]) -> Scan:
@@ -218,7 +240,8 @@ def _value(name: str, scalar: pa.Scalar) -> Any:
     if not scalar.is_valid:
         return None
     if name in ARRAYS:
-        return _array(scalar)
+        array = _array(scalar)
+        return _as_float32(array) if name == "image" else array
     return dict(scalar.as_py()) if name == "label_names" else scalar.as_py()
 
 
@@ -228,6 +251,12 @@ def _array(scalar: pa.StructScalar) -> np.ndarray:
     if dtype.hasobject:
         raise ValueError(f"Array column holds dtype {dtype}, which would need pickle; expected a plain number type.")
     return np.frombuffer(scalar["data"].as_buffer(), dtype=dtype).reshape(scalar["shape"].as_py())
+
+
+def _as_float32(array: np.ndarray) -> np.ndarray:
+    converted = array.astype(np.float32, copy=False)
+    converted.flags.writeable = False
+    return converted
 
 
 def _load_manifest(folder: Path) -> dict[str, Any]:

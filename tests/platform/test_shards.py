@@ -16,7 +16,7 @@ from omnimri.platform.data.formats.readers import WorkItem, read_path
 from omnimri.platform.data.intake.annotations import Annotation
 from omnimri.platform.data.intake.config import IngestConfig
 from omnimri.platform.data.intake.writer import PlannedItem, write_shard
-from omnimri.platform.data.schema import SCHEMA, SCHEMA_VERSION
+from omnimri.platform.data.schema import SCHEMA, SCHEMA_VERSION, pack_image, unpack_array
 from omnimri.platform.data.shards import Shards, content_digest, load_row, row_to_scan
 from tests.platform.intake_fakes import (
     coil_kspace,
@@ -168,3 +168,20 @@ def test_a_volume_that_cannot_be_made_a_row_costs_one_line(tmp_path: Path) -> No
     assert [row["source"] for row in report.rows] == ["0.nii", "1.nii", "2.nii"]
     [line] = report.rejects
     assert (line["source"], line["reason"]) == (name, "The volume cannot be made a row (ValueError).")
+
+
+@pytest.mark.parametrize(
+    ("image", "kept"),
+    [
+        (np.arange(24).reshape(2, 3, 4), "<u2"),
+        (np.arange(24).reshape(2, 3, 4) - 12, "<i2"),
+        (np.arange(24).reshape(2, 3, 4) * 3000, "<f4"),  # up to 69,000
+        (np.arange(24).reshape(2, 3, 4) / 2, "<f4"),
+        (np.full((2, 3, 4), np.nan), "<f4"),
+        (np.full((2, 3, 4), -40000.0), "<f4"),
+    ],
+)
+def test_an_image_takes_16_bits_only_where_that_loses_nothing(image: np.ndarray, kept: str) -> None:
+    packed = pack_image(image.astype(np.float32))
+    assert packed["dtype"] == kept
+    np.testing.assert_array_equal(unpack_array(packed).astype(np.float32), image.astype(np.float32))

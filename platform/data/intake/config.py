@@ -34,11 +34,11 @@ class IngestConfig:
     `official`: the split that the layout of a catalogued set states (its test set is test even without labels), and
     `rank` among the patients of whom none is stated. A person who is in several sets, or parts of a set, goes to test
     if one of them says so, else to val if one does."""
-    items_per_shard: int = 12
+    items_per_shard: int = 20
     """Series that one task reads into one Parquet file."""
     bytes_per_shard: int = 256 * 2**20
     """Bytes of source files after which a shard is full, whatever the number of series."""
-    files_per_probe: int = 128
+    files_per_probe: int = 512
     """Headers that one task reads."""
     cpus_per_task: float = 1.0
     """Logical CPUs that Ray reserves for one task."""

@@ -24,11 +24,11 @@ from omnimri.platform.data.intake.annotations import Annotation, check_boxes, me
 from omnimri.platform.data.intake.config import IngestConfig
 from omnimri.platform.data.intake.deface import Faceless, face_flags, remove_face
 from omnimri.platform.data.intake.quality import fingerprint, image_quality, quality_flags
-from omnimri.platform.data.schema import SCHEMA, SCHEMA_VERSION, pack_array
+from omnimri.platform.data.schema import SCHEMA, SCHEMA_VERSION, pack_array, pack_image
 from omnimri.platform.language.derive import Known, derive
 
-INTAKE_VERSION = "intake-4"
-"""Raised when the same file would give other voxels, geometry, labels or facts."""
+INTAKE_VERSION = "intake-5"
+"""Raised when the same file would give other voxels, geometry, labels or facts, or the same ones another digest."""
 
 
 def preprocessing_version(config: IngestConfig) -> str:
@@ -210,7 +210,7 @@ def make_row(record: SeriesRecord, plan: PlannedItem, config: IngestConfig) -> R
         "series_id": plan.series_id,
         "source_format": record.source_format,
         "simulated": plan.simulated,
-        "image": pack_array(scan.image),
+        "image": pack_image(scan.image),
         "affine": scan.affine.ravel().tolist(),
         "spacing_mm": list(scan.spacing_mm),
         "shape": list(scan.image.shape),

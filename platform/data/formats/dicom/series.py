@@ -19,7 +19,7 @@ import numpy as np
 import pydicom
 from highdicom.spatial import get_volume_positions
 from pydicom.dataset import Dataset
-from pydicom.pixels import apply_modality_lut
+from pydicom.pixels import apply_modality_lut, pixel_array
 from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian
 
 from omnimri.models.scan import Scan
@@ -362,7 +362,10 @@ def _classic_volume(volume: list[Dataset]) -> highdicom.Volume:
 
 def _measured(ordered: list[Dataset]) -> np.ndarray:
     """Slices with their own rescale, `(slice, row, column)`; MONOCHROME1 stores the darkest as the largest value."""
-    array = np.stack([apply_modality_lut(d.pixel_array, d) for d in ordered]).astype(np.float32)
+    # Laid out backwards: highdicom's order of slices is right-handed in (slice, row, column), a scan's in (x, y, z).
+    array = np.empty((len(ordered), int(ordered[0].Rows), int(ordered[0].Columns)), dtype=np.float32)[::-1]
+    for section, dataset in zip(array, ordered, strict=True):
+        section[...] = apply_modality_lut(pixel_array(dataset, view_only=True), dataset)
     return array.max() - array if ordered[0].PhotometricInterpretation == "MONOCHROME1" else array
 
 
@@ -375,7 +378,7 @@ def _enhanced_volume(dataset: Dataset) -> highdicom.Volume:
 def _make_little_endian(dataset: Dataset) -> None:
     """Turn the bytes of a big-endian object's pixels, the only values that stay encoded; highdicom refuses it else."""
     if dataset.file_meta.get("TransferSyntaxUID") == ExplicitVRBigEndian:
-        pixels = dataset.pixel_array
+        pixels = pixel_array(dataset)
         dataset.PixelData = pixels.astype(pixels.dtype.newbyteorder("<")).tobytes()
         dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
 
