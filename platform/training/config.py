@@ -169,6 +169,8 @@ class RunConfig:
     exclude_flags: tuple[str, ...] = DEFAULT_EXCLUDED
     """Volumes that intake flagged so are left out, of `omnimri.platform.data.schema.FLAGS`; what is left out is counted
     in the log and in the model's card."""
+    exclude_generated: bool = False
+    """Train without what a model wrote about the volumes (`omnimri annotate`), to compare with and without."""
     tracking_uri: str | None = None
     """MLflow's; None keeps a database in the run's folder."""
 
@@ -208,11 +210,13 @@ _OPERATIONAL = {
 
 
 def expand_overrides(assignments: Sequence[str], stages: Sequence[str]) -> list[str]:
-    """Write `train.lr=1e-4` out for each of the stages at hand; everything else stays."""
+    """Write `train.lr=1e-4` out for each of the stages at hand, and `data.licences=any` as `licences=any`."""
     expanded = []
     for assignment in assignments:
         head, _, rest = assignment.partition(".")
-        if head == "train" and rest.partition(".")[0] not in STAGES:
+        if head == "data" and rest:  # the settings of the data stand at the top
+            expanded.append(rest)
+        elif head == "train" and rest.partition(".")[0] not in STAGES:
             expanded += [f"train.{stage}.{rest}" for stage in stages]
         else:
             expanded.append(assignment)

@@ -61,6 +61,8 @@ class OmniMRIKit:
     """Fields of a row with values that no patient in training may have."""
     exclude_flags: tuple[str, ...] = ()
     """Volumes that intake flagged so are left out."""
+    exclude_generated: bool = False
+    """Leave out what a model wrote about the volumes."""
 
     def kinds(self) -> Mapping[str, str]:
         """See `Kit`."""
@@ -103,7 +105,8 @@ class OmniMRIKit:
         return self._admitted(Shards.open(data))
 
     def _admitted(self, shards: Shards) -> Shards:
-        return self._permitted(shards).without_flags(self.exclude_flags)
+        admitted = self._permitted(shards).without_flags(self.exclude_flags)
+        return admitted.without_generated() if self.exclude_generated else admitted
 
     def _permitted(self, shards: Shards) -> Shards:
         return licensed(shards, self.licences).without_patients(**self.hold_out)

@@ -189,7 +189,10 @@ def default_kit(run: RunConfig) -> Kit:
     """The kit of OmniMRI itself."""
     from omnimri.platform.training.omnimri_kit import OmniMRIKit
 
-    return OmniMRIKit(licences=run.licences, hold_out=run.hold_out, exclude_flags=run.exclude_flags)
+    return OmniMRIKit(
+        licences=run.licences, hold_out=run.hold_out, exclude_flags=run.exclude_flags,
+        exclude_generated=run.exclude_generated,
+    )  # fmt: skip
 
 
 def make_job(
