@@ -89,7 +89,8 @@ _STRUCTURES: dict[StructureKind, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 
-_KINDS: dict[str, StructureKind] = {name: kind for kind, names in _STRUCTURES.items() for name in names}
+STRUCTURE_KINDS: dict[str, StructureKind] = {name: kind for kind, names in _STRUCTURES.items() for name in names}
+"""Name of a normal structure to its kind."""
 
 MIDLINE_ORGANS = {
     "brain": frozenset(
@@ -108,7 +109,7 @@ MIDLINE_ORGANS = {
 """Organs that lie across the middle of the body, with the labels that together make them: only in these does a lesion
 have a side by where it lies."""
 
-_FINDING_NOUNS = {
+FINDING_NOUNS = {
     "structural_abnormalities": (
         FINDINGS[0], "infarct", "chronic stroke lesion", "scar", "resection cavity", "tear", "defect", "loss/defect",
         "fracture", "sprain", "craniotomy", "aneurysm", "stenosis", "malformation", "atrophy",
@@ -125,7 +126,7 @@ _FINDING_NOUNS = {
 }  # fmt: skip
 """Key of level 4 to the words in which the name of a finding ends; the longest that fits decides."""
 
-_FINDING_FIELDS = {noun: field for field, nouns in _FINDING_NOUNS.items() for noun in nouns}
+_FINDING_FIELDS = {noun: field for field, nouns in FINDING_NOUNS.items() for noun in nouns}
 
 _SIDE_WORDS = {"left", "right", "l", "r"}
 
@@ -137,7 +138,7 @@ def plain_name(label: str) -> str:
 
 def structure_kind(name: str) -> StructureKind | None:
     """The kind of a normal structure by its plain name, with a side or without; None where the name is not known."""
-    return _KINDS.get(name) or _KINDS.get(_without_side(name))
+    return STRUCTURE_KINDS.get(name) or STRUCTURE_KINDS.get(without_side(name))
 
 
 def finding_field(name: str) -> str | None:
@@ -152,7 +153,8 @@ def midline_organ(name: str) -> str | None:
     return next((organ for organ, parts in MIDLINE_ORGANS.items() if name in parts), None)
 
 
-def _without_side(name: str) -> str:
+def without_side(name: str) -> str:
+    """A plain name without `left` or `right` at its start or end."""
     words = name.split()
     if words and words[0] in _SIDE_WORDS:
         words = words[1:]
