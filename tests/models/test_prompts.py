@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from omnimri.models import special_tokens as special
+from omnimri.models.instructions import INSTRUCTIONS
 from omnimri.models.prompts import (
     IGNORED,
-    INSTRUCTIONS,
     SequenceBuilder,
     diagnosis_answer,
     diagnosis_in,
