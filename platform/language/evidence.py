@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from omnimri.models.boxes import Box
-from omnimri.models.vocabulary import LESION, NORMAL, SIDES
+from omnimri.models.vocabulary import DIAGNOSES, LESION, NORMAL, SIDES
 from omnimri.platform.data.schema import FACTS
 from omnimri.platform.language.derive import Known, labelled_volume
 from omnimri.platform.language.measure import LabelledVolume, Measured
@@ -98,13 +98,21 @@ class Evidence:
             unseen = [name for name in unseen if name not in _GENERIC]
         return [name for name in unseen if not any(name in other or other in name for other in stated)]
 
+    @property
+    def stated_abnormal(self) -> bool | None:
+        """What the diagnoses say; None where they are not known, or use words that no table knows (`HC`, `Group 2`)."""
+        classes = self.known.classes or ()
+        if list(classes) == [NORMAL]:
+            return False
+        is_known = any(name in DIAGNOSES[1:] or finding_field(plain_name(name)) for name in classes)
+        return True if is_known and NORMAL not in classes else None
+
     @cached_property
     def abnormal(self) -> bool | None:
         """Whether anything is wrong; None where the labels do not say, or contradict each other."""
-        classes = set(self.known.classes or ())
-        if NORMAL in classes:
-            return None if self.present or self.has_specks or len(classes) > 1 else False
-        return True if self.present or classes else None
+        if NORMAL in (self.known.classes or ()):
+            return None if self.present or self.has_specks else self.stated_abnormal
+        return True if self.present else self.stated_abnormal
 
     def sides(self, name: str) -> frozenset[str]:
         """Sides on which a finding lies; empty where one of its places has no known side."""

@@ -165,9 +165,8 @@ def _report(_: Mapping[str, Any], evidence: Evidence, __: Preprocess) -> tuple[s
     """The report as it was written, else one made of labels."""
     derived = None if evidence.known.report else derived_report(evidence)
     text, labels = derived or (str(evidence.known.report), {"report": "as written"})
-    classes = list(evidence.known.classes or ())
-    is_abnormal = bool(classes or (derived and evidence.present))
-    return tagged(text), NORMAL if classes == [NORMAL] else "abnormal" if is_abnormal else "open", labels
+    is_abnormal = True if derived and evidence.present else evidence.stated_abnormal
+    return tagged(text), {True: "abnormal", False: NORMAL, None: "open"}[is_abnormal], labels
 
 
 _PLAIN_ANSWERS: dict[str, Callable[[Mapping[str, Any], Evidence, Preprocess], tuple[str, str, dict[str, str]]]] = {

@@ -91,9 +91,8 @@ def make_instruction_set(shards: Shards, out: Path, config: InstructConfig) -> d
     if not refs:
         known = ", ".join(sorted({ref.split for ref in shards.rows}))
         raise ValueError(f"No row is of split {config.split!r}; known: {known}.")
-    partial = out.absolute().with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    (partial / "parts").mkdir(parents=True)
+    partial = partial_folder(out, settings)
+    (partial / "parts").mkdir(parents=True, exist_ok=True)
     parts = _write_parts(refs, partial / "parts", config)
     kept, dropped, skipped = _join(parts, partial, config)
     summary = {"settings": settings, "rows": len(refs), "rows_without_pairs": skipped, "pairs": kept.total(),
@@ -102,6 +101,12 @@ def make_instruction_set(shards: Shards, out: Path, config: InstructConfig) -> d
     shutil.rmtree(partial / "parts")
     partial.rename(out)
     return summary
+
+
+def partial_folder(out: Path, settings: Mapping[str, Any]) -> Path:
+    """Where the pairs lie until all are there: a run that was interrupted goes on with it under the same settings."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    return out.absolute().with_name(f".{out.name}.{digest}.partial")
 
 
 def _standing(out: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -115,21 +120,25 @@ def _standing(out: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write_parts(refs: Sequence[RowRef], folder: Path, config: InstructConfig) -> list[Path]:
-    """One file of JSON lines for every few rows, in the order of the rows."""
-    starts = range(0, len(refs), ROWS_PER_PART)
+    """One file of JSON lines for every few rows, in the order of the rows; a file that is there is not made again."""
+    files = {start: folder / f"{start:09d}.jsonl" for start in range(0, len(refs), ROWS_PER_PART)}
+    missing = [start for start, file in files.items() if not file.exists()]
 
     def write(batch: dict[str, np.ndarray]) -> dict[str, list[int]]:
         start = int(batch["start"][0])
         lines = (line for ref in refs[start : start + ROWS_PER_PART] for line in row_lines(ref, config))
-        text = "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines)
-        (folder / f"{start:09d}.jsonl").write_text(text, encoding="utf-8")
+        unfinished = files[start].with_suffix(".tmp")
+        unfinished.write_text("".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines), encoding="utf-8")
+        unfinished.rename(files[start])
         return {"start": [start]}
 
+    if not missing:
+        return list(files.values())
     with quiet_ray_data():
-        items = ray.data.from_items([{"start": start} for start in starts], override_num_blocks=len(starts))
+        items = ray.data.from_items([{"start": start} for start in missing], override_num_blocks=len(missing))
         for done, _ in enumerate(items.map_batches(write, batch_size=1).iter_rows(), start=1):
-            logger.info("pairs of %d of %d rows", min(done * ROWS_PER_PART, len(refs)), len(refs))
-    return [folder / f"{start:09d}.jsonl" for start in starts]
+            logger.info("%d of %d parts of %d rows", done, len(missing), ROWS_PER_PART)
+    return list(files.values())
 
 
 def row_lines(ref: RowRef, config: InstructConfig) -> Iterator[dict[str, Any]]:

@@ -142,7 +142,7 @@ def _findings(evidence: Evidence) -> Iterator[Question]:
 def _abnormality(evidence: Evidence) -> Iterator[Question]:
     if evidence.abnormal is None:
         return
-    found = list(evidence.present) or [name for name in evidence.known.classes or () if name != NORMAL]
+    found = list(evidence.present) or list(evidence.known.classes or ())
     columns = dict.fromkeys(evidence.present.values(), ", ".join(found))
     labels = columns or {"classes": ", ".join(evidence.known.classes or ())}
     yield _yes_no("abnormality", evidence.abnormal, labels, findings=", ".join(found))

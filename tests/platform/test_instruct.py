@@ -39,7 +39,12 @@ from omnimri.platform.language.instruct import (
     question_pair,
     segmentable,
 )
-from omnimri.platform.language.instruction_set import InstructConfig, balancing_weights, make_instruction_set
+from omnimri.platform.language.instruction_set import (
+    InstructConfig,
+    balancing_weights,
+    make_instruction_set,
+    partial_folder,
+)
 from omnimri.platform.language.questions import Question, draw_question, questions, slice_question
 from omnimri.platform.language.reports import derived_report, report_place
 from omnimri.platform.language.words import signal_word
@@ -275,6 +280,7 @@ def test_what_the_labels_do_not_say_is_not_asked() -> None:
 
     assert topics(None) == set()
     assert topics(None, classes=[]) == set()
+    assert topics(None, classes=["HC"]) == set()  # a control, or a disease: the table that it comes from knows
     assert ("abnormality", "no", "") not in topics(empty)  # only two findings were looked for
     assert ("finding", "no", "lesion") in topics(empty)
     assert not any(finding for _, _, finding in topics(speck))  # neither there nor not there
@@ -566,6 +572,19 @@ def test_the_same_seed_gives_the_same_file(written: Path, corpus: Path, tmp_path
     stamp = (written / "pairs.jsonl").stat().st_mtime_ns
     assert make_instruction_set(shards, written, config)["pairs"] > 0
     assert (written / "pairs.jsonl").stat().st_mtime_ns == stamp
+
+
+def test_an_interrupted_run_goes_on_with_the_parts_that_it_has(
+    written: Path, corpus: Path, tmp_path: Path, ray_cluster: object
+) -> None:
+    settings = json.loads((written / "summary.json").read_text())["settings"]
+    [first, *_] = lines_of(written / "pairs.jsonl")
+    part = partial_folder(tmp_path / "set", settings) / "parts" / "000000000.jsonl"
+    part.parent.mkdir(parents=True)
+    part.write_text(json.dumps(first | {"instruction": "From before."}) + "\n")
+    make_instruction_set(Shards.open(corpus), tmp_path / "set", InstructConfig(seed=3, questions_per_row=12))
+    assert [line["instruction"] for line in lines_of(tmp_path / "set" / "pairs.jsonl")] == ["From before."]
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
 
 
 def test_mistakes_of_the_command_are_one_line(
