@@ -18,6 +18,8 @@ from omnimri.platform.language.words import finding_field, one_line, plain_name,
 
 _GENERIC = {LESION, "mass", "tumour", "tumor", "cancer", "carcinoma", "nodule", "neoplasm", "cyst", "collection"}
 """Names that may hold for a finding of another name: that one of these is absent is said where nothing is found."""
+MAX_BOXES = 24
+"""A label map with more lesions gives no detection answer: the list would be longer than a model writes."""
 _PERSONS = {"F": "woman", "M": "man"}
 _ADULT_YEARS = 18
 MAX_HISTORY = 200
@@ -69,14 +71,18 @@ class Evidence:
 
     @cached_property
     def boxes(self) -> list[Box] | None:
-        """Findings with their places: the boxes of the row, else those of its label map; None where neither tells."""
+        """Findings with their places: the boxes of the row, else those of its label map.
+
+        None where neither tells, or the label map shows too many.
+        """
         if self.known.boxes is not None:
             return [
                 Box(label=box["label"], side=box["side"], box_voxel=tuple(box["box_voxel"])) for box in self.known.boxes
             ]
         if not self.label_findings or self.has_specks:
             return None
-        return [box for measured in self.lesions.values() for box in _boxes_of(measured)]
+        boxes = [box for measured in self.lesions.values() for box in _boxes_of(measured)]
+        return boxes if len(boxes) <= MAX_BOXES else None
 
     @property
     def boxes_follow_from(self) -> str:

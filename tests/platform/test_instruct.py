@@ -30,7 +30,7 @@ from omnimri.platform.data.schema import SCHEMA
 from omnimri.platform.data.shards import Shards, load_row
 from omnimri.platform.data.views import SOURCES, ViewOptions, segmentation_sample, structure_mask, text_sample
 from omnimri.platform.evaluation.text import label_text
-from omnimri.platform.language.evidence import Evidence
+from omnimri.platform.language.evidence import MAX_BOXES, Evidence
 from omnimri.platform.language.instruct import (
     draw_text_pair,
     drawn_context,
@@ -215,6 +215,20 @@ def test_boxes_of_a_label_map_hold_one_lesion_each(seed: int) -> None:
             inside[z1:z2, y1:y2, x1:x2] = True
         assert len(mine) == len(lesions_of(case, value))
         assert sum(map(len, lesions_of(case, value))) <= ((case.labels == value) & inside).sum()
+
+
+def test_more_lesions_than_can_be_listed_are_counted_and_not_boxed() -> None:
+    def evidence(lesions: int) -> Evidence:
+        labels = np.zeros((4, 8, 2 * lesions), np.uint8)
+        labels[1, 2:5, ::2] = 1
+        case = Stored(labels, np.ones(labels.shape, np.float32), np.eye(4))
+        return Evidence(replace(case.known(), label_names={1: "ms lesion"}))
+
+    assert len(evidence(MAX_BOXES).boxes) == MAX_BOXES
+    many = evidence(MAX_BOXES + 1)
+    assert many.boxes is None
+    assert "detect" not in plain_tasks(many)
+    assert {q.slots["count"] for q in questions(many) if (q.kind, q.name) == ("yes-no", "count")} == {"25"}
 
 
 @pytest.mark.parametrize("seed", [2, 5, 8])
