@@ -16,8 +16,8 @@ functions are those that training draws its samples with. DIR then holds
 
 Answers of yes and no, and of boxes and none, are left out until there are as many of both for each topic and anatomy
 (--set balance=false keeps all). `weight` is one on average; drawn by it, tasks, anatomies in a task, topics and answers
-come up equally often. The same seed gives the same file; an interrupted run goes on where it was, and a finished DIR of
-the same settings and data is left as it is.
+come up equally often, so that a part of the body with few volumes repeats. The same seed gives the same file; an
+interrupted run goes on where it was, and a finished DIR of the same settings and data is left as it is.
 
 Boxes are integers 0-999 on the grid of the model that --preset names; they change with it.
 
