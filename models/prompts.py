@@ -1,9 +1,10 @@
-"""What is said to the model and what it answers: instructions per task, and the layout of a token sequence."""
+"""What is said to the model and what it answers: how instructions are read, and the layout of a token sequence."""
 
 # N visual tokens, K query tokens
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from omnimri.models import special_tokens as special
+from omnimri.models.instructions import FIRST_SHARE, INSTRUCTIONS, context_sentence, is_question
 from omnimri.models.vocabulary import DIAGNOSES, IMAGE_TASKS, STRUCTURES, TASKS
 
 if TYPE_CHECKING:  # seconds to import, and tasks that make samples need none of it
@@ -19,34 +21,6 @@ if TYPE_CHECKING:  # seconds to import, and tasks that make samples need none of
 IGNORED = -100
 """Label of a position that no text loss is taken at."""
 
-INSTRUCTIONS: dict[str, tuple[str, ...]] = {
-    "reconstruct": (
-        "Reconstruct the image from this under-sampled MRI data.",
-        "Recover the fully sampled image from these k-space lines.",
-        "Remove the aliasing and reconstruct this acquisition.",
-    ),
-    "segment": (
-        "Segment the {structure} in this MRI.",
-        "Outline the {structure}.",
-        "Give a mask of the {structure} in this volume.",
-    ),
-    "detect": (
-        "Identify and localize any lesion in this image.",
-        "Where are the abnormalities in this MRI? Answer with boxes.",
-        "Detect every lesion and give its bounding box.",
-    ),
-    "diagnose": (
-        "Provide your diagnosis of this MRI volume.",
-        "What is the most likely diagnosis?",
-        "Which disease does this MRI suggest?",
-    ),
-    "report": (
-        "Generate a diagnostic report based on this MRI scan.",
-        "Write the radiology report of this examination.",
-        "Report this MRI.",
-    ),
-}
-
 _TASK_WORDS = {
     "reconstruct": ("reconstruct", "under-sampled", "undersampled", "aliasing", "k-space"),
     "segment": ("segment", "outline", "mask of", "delineate", "contour"),
@@ -54,6 +28,9 @@ _TASK_WORDS = {
     "detect": ("detect", "locali", "where", "bounding box", "boxes"),
     "diagnose": ("diagnos", "disease", "suggest"),
 }
+
+_MOST_LIKELY = re.compile(r"most likely diagnosis:([^.]*)", flags=re.IGNORECASE)
+_DIAGNOSIS = re.compile(rf"\b(?:{'|'.join(map(re.escape, DIAGNOSES))})\b")
 
 _SYNONYMS = {
     "gray matter": "grey matter",
@@ -69,7 +46,7 @@ _SYNONYMS = {
 
 
 def instruction_for(task: str, *, structure: str | None = None, rng: np.random.Generator | None = None) -> str:
-    """An instruction of that task: the first phrasing, or a random one.
+    """An instruction of that task: the first phrasing, or a random one, which is the first one half of the time.
 
     Raises:
         ValueError: If the task is unknown, or is `segment` without a structure.
@@ -77,7 +54,8 @@ def instruction_for(task: str, *, structure: str | None = None, rng: np.random.G
     if task not in INSTRUCTIONS:
         raise ValueError(f"Task {task!r} is unknown; known: {', '.join(TASKS)}.")
     phrasings = INSTRUCTIONS[task]
-    phrase = phrasings[int(rng.integers(len(phrasings)))] if rng is not None else phrasings[0]
+    first = rng is None or rng.random() < FIRST_SHARE
+    phrase = phrasings[0] if rng is None or first else phrasings[int(rng.integers(1, len(phrasings)))]
     if task == "segment" and structure is None:
         raise ValueError(f"Task 'segment' needs a structure; known: {', '.join(STRUCTURES)}.")
     return phrase.format(structure=structure)
@@ -86,13 +64,20 @@ def instruction_for(task: str, *, structure: str | None = None, rng: np.random.G
 def task_of(instruction: str) -> str:
     """The task that a free instruction asks for, by its words.
 
+    A question with an answer of its own (yes, no, an option) is a diagnosis in words, whatever it is about, unless
+    something else is asked for behind its question mark: "Is there a lesion? Outline it."
+
     Raises:
         ValueError: If no task's words occur in it.
     """
-    words = instruction.lower()
+    words, is_asked = instruction.lower(), is_question(instruction)
+    if is_asked:
+        words = words.partition("?")[2]
     for task, triggers in _TASK_WORDS.items():
         if any(trigger in words for trigger in triggers):
             return task
+    if is_asked:
+        return "diagnose"
     raise ValueError(
         f"The instruction names none of the tasks {', '.join(TASKS)}; say for example 'Segment the lesion.'"
     )
@@ -117,9 +102,10 @@ def diagnosis_choices() -> list[str]:
 
 
 def diagnosis_in(text: str) -> str | None:
-    """The diagnosis that an answer names, or None."""
-    found = [(text.find(name), name) for name in DIAGNOSES if name in text]
-    return min(found)[1] if found else None
+    """The diagnosis that an answer states to be the most likely, else the first one that it names, or None."""
+    stated = _MOST_LIKELY.search(text)
+    named = _DIAGNOSIS.search(stated[1] if stated else text)
+    return named[0] if named else None
 
 
 def tagged(text: str) -> str:
@@ -175,10 +161,8 @@ class SequenceBuilder:
 
     def _user_turn(self, instruction: str, facts: Mapping[str, object], task: str) -> str:
         kind = special.KSPACE if task == "reconstruct" else special.VOLUME
-        known = " ".join(str(facts[key]) for key in ("plane", "contrast") if facts.get(key))
-        context = f"This is {'an' if known[:1] in 'aeiou' else 'a'} {known} MRI. " if known else ""
         return (
-            f"{special.TURN_START}user\n{self._vision(kind)}{context}{instruction}{special.TURN_END}\n"
+            f"{special.TURN_START}user\n{self._vision(kind)}{context_sentence(facts)}{instruction}{special.TURN_END}\n"
             f"{special.TURN_START}assistant\n"
         )
 

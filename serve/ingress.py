@@ -23,6 +23,7 @@ from ray.serve import metrics
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
+from omnimri.models.instructions import is_question
 from omnimri.models.prompts import diagnosis_choices, instruction_for
 from omnimri.models.scan import Scan
 from omnimri.serve.admission import Admission, busy
@@ -135,7 +136,7 @@ class Ingress:
             intake = await self._read(form)
             instruction = form.instruction or instruction_for(task)
             prompt = self._prompt(intake.scan, instruction, task)
-            choices = diagnosis_choices() if task == "diagnose" else []
+            choices = diagnosis_choices() if task == "diagnose" and not is_question(instruction) else []
             result = await self._result(self.text.answer.remote(prompt, choices=choices, **_sampling(form)), "text")
             if choices and not result["scores"]:
                 result["warnings"].append("Probabilities need text.backend=transformers, so only the text is given.")

@@ -203,8 +203,10 @@ def _answers(pending: Sequence[RowRef], attempt: int, config: AnnotateConfig) ->
     with quiet_ray_data():
         questions = ray.data.from_items(tasks, override_num_blocks=-(-len(tasks) // config.batch_size))
         questions = questions.map(_Ask(config, attempt), num_cpus=0.25)
-        for row in answered(questions, config).map(_Check(attempt), num_cpus=0.25).iter_rows():
-            yield json.loads(row["line"])
+        checked = answered(questions, config).map(_Check(attempt), num_cpus=0.25)
+        # Reading ahead would hold answers back that a kill then loses.
+        for block in checked.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            yield from map(json.loads, block["line"].to_pylist())
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Literal
 from omnimri.models.vocabulary import LESION, NORMAL, SIDES, TISSUES
 from omnimri.platform.annotation import check_words as words
 from omnimri.platform.evaluation.text import Mention, sides_of
-from omnimri.platform.language.derive import Known, labelled
+from omnimri.platform.language.derive import Known, labelled_volume
 from omnimri.platform.language.measure import Measured
 from omnimri.platform.language.sections import Certainty, affirmed, sentences, statements
 from omnimri.platform.language.words import (
@@ -134,7 +134,7 @@ class _Truth:
     @cached_property
     def measured(self) -> list[Measured]:
         """Lesions of the label map."""
-        volume = labelled(self.known)
+        volume = labelled_volume(self.known)
         return volume.lesions() if volume else []
 
     @cached_property
@@ -147,7 +147,7 @@ class _Truth:
     @cached_property
     def seen(self) -> set[str]:
         """Plain names of all labels that have voxels."""
-        volume = labelled(self.known)
+        volume = labelled_volume(self.known)
         if volume is None:
             return set()
         return {name for value, name in self._values.items() if 0 < value < 256 and volume.num_voxels[value]}
@@ -403,7 +403,7 @@ def _measured_signals(kinds: set[str], item: str, truth: _Truth) -> Iterator[tup
         yield lesions[0].name, lesions[0].signal
     fluid, reference = TISSUES[0], TISSUES[2]
     if not kinds and fluid in item and fluid in truth.seen:
-        volume = labelled(truth.known)
+        volume = labelled_volume(truth.known)
         assert volume is not None  # something of it was seen
         yield from volume.signals(reference, [fluid]).items()
 

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from omnimri.models.boxes import Box, BoxCoder, boxes_to_text
 from omnimri.models.physics import (
     SenseOperator,
     estimate_sens_maps,
@@ -26,11 +25,19 @@ from omnimri.models.physics import (
     undersampling_mask,
 )
 from omnimri.models.preprocess import Preprocess, scale_kspace
-from omnimri.models.prompts import diagnosis_answer, instruction_for, tagged
 from omnimri.models.resample import pad_or_crop
 from omnimri.models.scan import Scan
-from omnimri.models.vocabulary import CONTRASTS, LESION, PLANES, TISSUES, structure_of
+from omnimri.models.vocabulary import CONTRASTS, LESION, PLANES
 from omnimri.platform.data.shards import RowRef, row_to_scan
+from omnimri.platform.language.evidence import Evidence
+from omnimri.platform.language.instruct import (
+    draw_text_pair,
+    drawn_context,
+    reconstruct_pair,
+    segment_pair,
+    segmentable,
+)
+from omnimri.platform.language.words import finding_field, plain_name
 
 Row = Mapping[str, Any]
 Sample = dict[str, Any]
@@ -49,6 +56,13 @@ class ViewOptions:
     """Structures that a segmentation sample asks for, each by an instruction of its own."""
     text_tasks: Mapping[str, float] = field(default_factory=lambda: {"detect": 0.25, "diagnose": 0.45, "report": 0.3})
     """Chance of each text task where a row has labels for all."""
+    question_share: float = 0.2
+    """Share of text samples that ask a question (yes or no, a choice, one kind of finding, a differential, or one that
+    does not fit the image) instead of a whole task."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.question_share <= 1:
+            raise ValueError(f"ViewOptions.question_share must be between 0 and 1, found {self.question_share}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,27 +109,16 @@ def paired_sample(row: Row, rng: np.random.Generator, options: ViewOptions) -> S
 
 
 def text_sample(row: Row, rng: np.random.Generator, options: ViewOptions) -> Sample:
-    """Detection, diagnosis or report, by what the row is labelled with."""
-    weights = {task: w for task, w in options.text_tasks.items() if row[_TASK_LABELS[task]] is not None}
-    tasks = list(weights)
-    chances = np.array(list(weights.values()))
-    task = tasks[int(rng.choice(len(tasks), p=chances / chances.sum()))]
+    """Detection, diagnosis, report or a question, by what the row is labelled with."""
+    pair, evidence = draw_text_pair(
+        row, options.preprocess, rng, tasks=options.text_tasks, question_share=options.question_share
+    )
     return _volume_fields(row, options) | {
-        "task": task,
-        "instruction": instruction_for(task, rng=rng),
-        "facts": _facts(row, rng),
-        "answer": text_answer(task, row, options.preprocess),
+        "task": pair.task,
+        "instruction": pair.instruction,
+        "facts": drawn_context(evidence, rng, hides=pair.hides),
+        "answer": pair.answer,
     }
-
-
-def text_answer(task: str, row: Row, preprocess: Preprocess) -> str:
-    """The true answer of a text task, with its tags."""
-    if task == "detect":
-        boxes = [Box(label=b["label"], side=b["side"], box_voxel=tuple(b["box_voxel"])) for b in row["boxes"]]
-        return boxes_to_text(boxes, BoxCoder(row_to_scan(row), preprocess))
-    if task == "diagnose":
-        return tagged(diagnosis_answer(row["classes"][0]))
-    return tagged(row["report"])
 
 
 def reconstruction_sample(row: Row, rng: np.random.Generator, options: ViewOptions) -> Sample:
@@ -136,8 +139,8 @@ def reconstruction_sample(row: Row, rng: np.random.Generator, options: ViewOptio
     arrays["target"] = (target / torch.from_numpy(arrays.pop("scale"))[:, None, None]).numpy()
     return _volume_fields(row, options, scan) | arrays | {
         "task": "reconstruct",
-        "instruction": instruction_for("reconstruct", rng=rng),
-        "facts": _facts(row, rng),
+        "instruction": reconstruct_pair(rng).instruction,
+        "facts": drawn_context(Evidence.of_row(row), rng, acceleration=acceleration),
     }  # fmt: skip
 
 
@@ -194,8 +197,8 @@ def segmentation_sample(row: Row, rng: np.random.Generator, options: ViewOptions
     )
     return _volume_fields(row, options) | {
         "task": "segment",
-        "instruction": [instruction_for("segment", structure=name, rng=rng) for name in structures],
-        "facts": _facts(row, rng),
+        "instruction": [segment_pair(name, rng).instruction for name in structures],
+        "facts": drawn_context(Evidence.of_row(row), rng),
         "slices": _to_slice_grid(source.slices[chosen], options).numpy(),
         "slice_target": torch.stack(
             [_to_slice_grid(masks[name][chosen], options) for name in structures], dim=1
@@ -204,9 +207,8 @@ def segmentation_sample(row: Row, rng: np.random.Generator, options: ViewOptions
 
 
 def _drawn_structures(names: Mapping[int, str], count: int, rng: np.random.Generator) -> list[str]:
-    """Structures to ask for: tissues that the row's labels know, and lesions, which it may or may not have."""
-    labelled = set(map(structure_of, names.values()))
-    known = [*(name for name in TISSUES if name in labelled), LESION]
+    """Structures to ask for: those that the row's labels know, and lesions, which it may or may not have."""
+    known = segmentable(names)
     order = rng.permutation(len(known))
     return [known[order[i % len(known)]] for i in range(count)]
 
@@ -223,9 +225,9 @@ def _to_slice_grid(slices: torch.Tensor, options: ViewOptions) -> torch.Tensor:
 
 
 def structure_mask(label_map: np.ndarray, names: Mapping[int, str], structure: str) -> np.ndarray:
-    """Bool mask of a structure by name; `lesion` is every label that is not a tissue."""
-    named = {value: structure_of(name) for value, name in names.items()}
-    values = [v for v, name in named.items() if name == structure or (structure == LESION and name not in TISSUES)]
+    """Bool mask of a structure by name; `lesion` is every label that is a finding."""
+    named = {value: plain_name(name) for value, name in names.items()}
+    values = [v for v, name in named.items() if name == structure or (structure == LESION and finding_field(name))]
     return np.isin(label_map, values)
 
 
@@ -263,11 +265,6 @@ def _index(names: tuple[str, ...], value: str | None) -> int:
     return names.index(value) if value in names else -1
 
 
-def _facts(row: Row, rng: np.random.Generator) -> dict[str, str]:
-    """Header facts that the prompt may carry, left out now and then, since a request may not know them."""
-    return {key: row[key] for key in ("plane", "contrast") if row[key] and rng.random() < 0.85}
-
-
 def _draw(allowed: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
     """`count` indices where `allowed`, drawn with repetition only if there are too few; any index if there is none."""
     candidates = np.flatnonzero(allowed) if allowed.any() else np.arange(len(allowed))
@@ -278,10 +275,9 @@ def _any_row(_: RowRef) -> bool:
     return True
 
 
-_TASK_LABELS = {"detect": "boxes", "diagnose": "classes", "report": "report"}
 _FACTS = (
     "image", "affine", "contrast", "quantitative", "quantity", "quantity_unit", "plane", "body_part",
-    "field_strength_t", "vendor", "study_id",
+    "field_strength_t", "vendor", "study_id", "contrast_agent", "acquisition_type", "sex", "age_years",
 )  # fmt: skip
 
 SOURCES: dict[str, Source] = {
@@ -307,8 +303,8 @@ SOURCES: dict[str, Source] = {
     ),
     "instruct.text": Source(
         kind="instruction",
-        columns=(*_FACTS, "boxes", "classes", "report"),
-        accepts=lambda ref: ref.has_report or ref.has_boxes or ref.has_classes,
+        columns=(*_FACTS, "boxes", "classes", "report", "label_map", "label_names"),
+        accepts=lambda ref: ref.has_report or ref.has_boxes or ref.has_classes or ref.has_labels,
         make=text_sample,
     ),
 }

@@ -95,7 +95,7 @@ def quality_words(quality: Mapping[str, float | None], flags: Sequence[str]) -> 
 
 
 def _labels(known: Known) -> Phrases:
-    volume = labelled(known)
+    volume = labelled_volume(known)
     lesions = volume.lesions() if volume else []
     if volume:
         yield from _structures(volume)
@@ -109,8 +109,8 @@ def _labels(known: Known) -> Phrases:
         yield f"pathological_findings.{key}", ("; ".join(phrases), "label")
 
 
-def labelled(known: Known) -> LabelledVolume | None:
-    """The label map of a row with its image, unless that is a map of a quantity; None without labels."""
+def labelled_volume(known: Known) -> LabelledVolume | None:
+    """The label map with the image behind it, unless that is a map of a quantity."""
     if known.label_map is None:
         return None
     image = None if known.facts.get("quantitative") else known.image

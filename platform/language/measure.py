@@ -1,7 +1,7 @@
 """What a label map says in numbers: how many lesions, on which side, how large, in what, and how bright.
 
-Everything is invariant to how the volume is stored: the same voxels with other axes and the affine to match give the
-same numbers.
+Everything but boxes is invariant to how the volume is stored: the same voxels with other axes and the affine to match
+give the same numbers.
 """
 
 # Z Y X voxels of the native grid
@@ -56,6 +56,8 @@ class Measured:
     """`hypointense`, `isointense` or `hyperintense`; empty without a reference."""
     reference: str
     """Structure that the signal is compared with."""
+    boxes_voxel: tuple[tuple[int, ...], ...]
+    """Half-open `[z1, y1, x1, z2, y2, x2]` of each, in the order of `sides`; on the grid as it is stored."""
 
 
 class LabelledVolume:
@@ -114,6 +116,7 @@ class LabelledVolume:
             site=around.site,
             signal=signal,
             reference=reference,
+            boxes_voxel=tuple((*part.min(axis=0).tolist(), *(part.max(axis=0) + 1).tolist()) for part in parts),
         )
 
     def _values(self, names: Sequence[str]) -> list[int]:

@@ -21,11 +21,11 @@ _HEADINGS = {
         "impression and recommendation", "impression and recommendations", "diagnosis", "assessment",
     ),
     "recommendation": ("recommendation", "recommendations", "advice", "follow-up recommendation"),
-    "other": (
+    "history": (
         "history", "clinical history", "clinical information", "clinical details", "indication", "indications",
-        "comparison", "comparisons", "exam", "examination", "reason for exam", "reason for examination", "contrast",
-        "addendum", "limitations",
+        "reason for exam", "reason for examination",
     ),
+    "other": ("comparison", "comparisons", "exam", "examination", "contrast", "addendum", "limitations"),
 }  # fmt: skip
 _SECTION_OF = {heading: section for section, headings in _HEADINGS.items() for heading in headings}
 _ANY_HEADING = "|".join(sorted(map(re.escape, _SECTION_OF), key=len, reverse=True))
@@ -44,6 +44,8 @@ class Sections:
     findings: str = ""
     impression: str = ""
     recommendation: str = ""
+    history: str = ""
+    """Why the examination was asked for."""
     other: str = ""
     """Under headings that are not about the images, and before the first one."""
 

@@ -128,6 +128,15 @@ FINDING_NOUNS = {
 
 _FINDING_FIELDS = {noun: field for field, nouns in FINDING_NOUNS.items() for noun in nouns}
 
+REPORT_ORDER: tuple[frozenset[str], ...] = tuple(
+    frozenset(words.split())
+    for words in (
+        "effusion synovitis", "meniscus meniscal menisci labrum labral disc", "cartilage chondral",
+        "bone marrow bony fracture vertebra", "ligament cruciate acl pcl mcl lcl tendon", "soft muscle fat cyst",
+    )
+)  # fmt: skip
+"""Words in the names of findings, in the order in which a report goes through a joint."""
+
 _SIDE_WORDS = {"left", "right", "l", "r"}
 
 

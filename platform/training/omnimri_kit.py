@@ -15,10 +15,11 @@ from transformers.utils.logging import disable_progress_bar
 
 from omnimri.models.collate import collate
 from omnimri.models.config import OmniMRIConfig
+from omnimri.models.instructions import INSTRUCTIONS, question_texts
 from omnimri.models.objectives import build_objective
 from omnimri.models.omnimri import OmniMRI, read_index
 from omnimri.models.preprocess import Preprocess, read_preprocess
-from omnimri.models.prompts import INSTRUCTIONS, SequenceBuilder, diagnosis_choices
+from omnimri.models.prompts import SequenceBuilder, diagnosis_choices
 from omnimri.models.tokenizer import load_tokenizer, train_tokenizer
 from omnimri.models.vocabulary import STRUCTURES
 from omnimri.platform.data.licences import ANY, count_licences, licensed
@@ -176,4 +177,5 @@ def corpus_texts(shards: Shards) -> Iterator[str]:
     for phrasings in INSTRUCTIONS.values():
         for phrase in phrasings:
             yield from (phrase.format(structure=structure) for structure in STRUCTURES)
+    yield from question_texts()
     yield from diagnosis_choices()

@@ -18,7 +18,12 @@ REPORTS = {
     "capitals on lines of their own": (
         "MRI BRAIN\n\nCLINICAL HISTORY\nRule out stroke.\n\nFINDINGS\nNo infarct.\nOld bleed.\n\n"
         "IMPRESSION\n1. Old bleed.",
-        Sections(findings="No infarct.\nOld bleed.", impression="1. Old bleed.", other="MRI BRAIN\nRule out stroke."),
+        Sections(
+            findings="No infarct.\nOld bleed.",
+            impression="1. Old bleed.",
+            history="Rule out stroke.",
+            other="MRI BRAIN",
+        ),
     ),
     "another order": (
         "Conclusion: Normal study.\nFindings: Normal.\nProtocol: T1, T2.",

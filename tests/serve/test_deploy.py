@@ -16,8 +16,8 @@ import torch
 
 from omnimri.jobs import deploy
 from omnimri.models.config import tiny
+from omnimri.models.instructions import INSTRUCTIONS
 from omnimri.models.omnimri import SERVING_PARTS, OmniMRI
-from omnimri.models.prompts import INSTRUCTIONS
 from omnimri.models.tokenizer import train_tokenizer
 from tests.serve import serving_fakes as fakes
 

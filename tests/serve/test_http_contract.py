@@ -245,6 +245,9 @@ def test_a_free_instruction_finds_its_task(client: httpx.Client, nifti: Path) ->
     answer = post(client, "instruct", nifti, instruction="Outline the white matter.").raise_for_status().json()
     assert (answer["task"], answer["instruction"]) == ("segment", "Outline the white matter.")
     assert [m["label"] for m in answer["measurements"]] == ["white matter"]
+    answer = post(client, "instruct", nifti, instruction="Is there any haemorrhage?").raise_for_status().json()
+    assert answer["task"] == "diagnose"
+    assert "measurements" not in answer  # probabilities of diagnoses are no answer to yes or no
     answer = post(client, "instruct", nifti, instruction="Anything of note?", task="report").raise_for_status().json()
     assert answer["text"] == "Normal brain. No lesion."
 

@@ -11,8 +11,8 @@ import torch
 
 from omnimri.models.config import tiny
 from omnimri.models.engine import Engine
+from omnimri.models.instructions import INSTRUCTIONS
 from omnimri.models.omnimri import SERVING_PARTS, OmniMRI
-from omnimri.models.prompts import INSTRUCTIONS
 from omnimri.models.scan import Scan
 from omnimri.models.tokenizer import train_tokenizer
 from omnimri.serve.config import TextConfig
