@@ -16,10 +16,10 @@ from omnimri.platform.language.words import CONTRASTS_IN_WORDS, FINDING_NOUNS
 
 _SPELLINGS = (
     (r"haem", "hem"), (r"\boedem", "edem"), (r"oesoph", "esoph"), (r"tumour", "tumor"), (r"\bgrey", "gray"),
-    (r"ischaem", "ischem"), (r"\bcsf\b", TISSUES[0]), (r"\bbrain stem\b", "brainstem"), (r"\bgall bladder", "gallbladder"),
-    (r"\burinary bladder", "bladder"), (r"\bcaudate nucle(?:us|i)\b", "caudate"), (r"\bacl\b", "anterior cruciate ligament"),
-    (r"\bpcl\b", "posterior cruciate ligament"), (r"centre", "center"), (r"\bsignal intensit(?:y|ies)", "signal"),
-    (r"neighbour", "neighbor"), (r"colour", "color"), (r"leuc", "leuk"),
+    (r"ischaem", "ischem"), (r"centre", "center"), (r"\bcsf\b", TISSUES[0]), (r"\bbrain stem\b", "brainstem"),
+    (r"\bgall bladder", "gallbladder"), (r"\burinary bladder", "bladder"), (r"\bcaudate nucle(?:us|i)\b", "caudate"),
+    (r"\bacl\b", "anterior cruciate ligament"), (r"\bpcl\b", "posterior cruciate ligament"),
+    (r"\bsignal intensit(?:y|ies)", "signal"),
 )  # fmt: skip
 """British to American, short to long, one of two names of the same structure."""
 
@@ -63,7 +63,7 @@ PLANE_WORDS: Mapping[str, str] = dict(
     )
 )
 """Plane to what names it; a sagittal sinus is none, nor is the midsagittal plane, about which a head is symmetric."""
-NO_VIEWS = r"\b(?:mm|cm|extend\w*|extension|elongat\w*|oriented|measur\w*|compared with|unlike)\b[^;,]*"
+NO_VIEWS = r"\b(?:mm|cm|extend\w*|extension|elongat\w*|oriented|measur\w*|compared with|unlike)\b[^;,.]*"
 """A lesion may be measured in a plane, or reach along one, that is not the image's."""
 
 _WEIGHTED = r"(?:[- ]?(?:weighted|weighting)|[- ]?wi?\b)"
@@ -122,14 +122,17 @@ AGENT_NOT_GIVEN = (
 )
 NO_AGENT_MEANT = r"\b(?:edge|flow[- ]related|inflow|image|signal|visual|without|no) enhancement\b"
 
-OTHER_MODALITIES = r"\b(?-i:CT|PET)\b(?!/MR)|computed tomograph|x-ray|\bradiograph|ultraso|hounsfield|(?:hyper|hypo|iso)dens"
+OTHER_MODALITIES = (
+    r"\b(?-i:CT|PET)\b(?!/MR)|computed tomograph|x-ray|\bradiograph|ultraso|hounsfield|(?:hyper|hypo|iso)dens"
+)
 """Read in the original case."""
 
 NOT_SHOWN = (
     r"(?:(?:is|are|was|were|being|lies|lie)\s+)?(?:not (?:\w+ )?(?:visible|included|covered|imaged|shown|depicted|"
     r"captured|displayed|in (?:the )?(?:field of view|view))|invisible|"
     r"(?:lying )?(?:outside|out|beyond|excluded from)(?: of)? (?:the )?(?:field[- ]of[- ]view|view|image|slab|fov)|"
-    r"not (?:with)?in (?:the )?(?:field[- ]of[- ]view|fov|view))(?:\s+(?:in|within|on) (?:the )?(?:field of view|image|fov))?"
+    r"not (?:with)?in (?:the )?(?:field[- ]of[- ]view|fov|view))"
+    r"(?:\s+(?:in|within|on) (?:the )?(?:field of view|image|fov))?"
 )
 """Of what is out of the picture; read as `is not seen`."""
 NOTHING = r"\s*[:=-]?\s+(?:none|nil|absent)\b(?! of)"
@@ -145,7 +148,8 @@ MAX_BARE_WORDS = 3
 NOT_LESIONS = (
     r"\bmass[- ]effect\b|\b(?:muscle|bone|body|lateral|fat) mass(?:es)?\b|\bstroke volume\b|\b[a-z]+[- ]free\b|"
     r"\b(?:lesion|mass|tumor|infarct|hemorrhage|hematoma)[- ](?:like|mimic\w*)\b|"
-    r"\bshift(?:ed|s|ing)? (?:of [\w ]+ )?(?:to|towards?) (?:the )?(?:left|right)\b|\bmidline shift\b|\bleft[- ]to[- ]right\b|"
+    r"\bshift(?:ed|s|ing)? (?:of [\w ]+ )?(?:to|towards?) (?:the )?(?:left|right)\b|"
+    r"\bmidline shift\b|\bleft[- ]to[- ]right\b|"
     r"\b(?:normal|expected|physiologic(?:al)?|age-appropriate)\b[^,;]*"
 )
 """Words that hold the name of a lesion, or a side, and mean none."""
@@ -184,6 +188,8 @@ def _lesion_words() -> dict[str, str]:
 LESION_WORDS = _lesion_words()
 """Kind of lesion to what names it; `lesion` is any kind."""
 
+SIDE_ALONE = r",\s*(?=(?:left|right|bilateral)\b\s*(?:[,(]|$))"
+"""A comma before nothing but a side, as in `infarct: 1 lesion, left`: the side belongs to what stands before."""
 PARTS_OF_LESIONS = (
     r"\b(?:rim|core|center|central|cavity|periphery|peripheral|halo|wall|component|margin|necrosis|necrotic|border|"
     r"surround\w*|around|adjacent|perilesional|capsule|septa\w*|within|between|edges?)\b"
@@ -200,7 +206,7 @@ NUMBERS = {
     )
     for word in words.split()
 }
-NOT_COUNTED = r"(?:grade|stage|level|segment|score|type|category|b|of|-|x|×|\.|\d)\s*$"
+NOT_COUNTED = r"(?:grade|stage|level|segment|score|type|category|b|of|-|x|\.|\d)\s*$"
 """Before a number that counts no lesions."""
 UNITS_BETWEEN = r"\b(?:mm|cm|ml|x|by|of|in|on|to|t|weeks?|months?|years?|percent|degrees?|lobes?|slices?)\b"
 
@@ -209,7 +215,9 @@ NORMAL_STUDY = (
     r"exam|examination|findings|imaging|appearance|subject|control|anatomy|volunteer))*"
 )
 """A diagnosis that leaves no room for a lesion."""
-DENIALS_OF_MORE = r"\b(?:no|without|any) (?:\w+ )?(?:new|other|further|additional|suspicious|significant|more|definite|acute)\b"
+DENIALS_OF_MORE = (
+    r"\b(?:no|without|any) (?:\w+ )?(?:new|other|further|additional|suspicious|significant|more|definite|acute)\b"
+)
 """A denial of what is beyond what is known denies nothing that is."""
 
 SEEN = r"(?: (?:(?:is|are) )?(?:seen|visible|identified|present|evident|detected|noted|found|demonstrated|shown))?"

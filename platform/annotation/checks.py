@@ -16,7 +16,7 @@ from omnimri.models.vocabulary import LESION, NORMAL, SIDES, TISSUES
 from omnimri.platform.annotation import check_words as words
 from omnimri.platform.evaluation.text import Mention, sides_of
 from omnimri.platform.language.derive import Known, labelled_volume
-from omnimri.platform.language.measure import Measured
+from omnimri.platform.language.measure import LabelledVolume, Measured
 from omnimri.platform.language.sections import Certainty, affirmed, sentences, statements
 from omnimri.platform.language.words import (
     CONTRASTS_IN_WORDS,
@@ -106,7 +106,7 @@ def _cut(sentence: str) -> str:
     for joint in _JOINT.finditer(sentence):
         before, after = sentence[start : joint.start()], sentence[joint.end() :]
         item = _JOINT.split(after)[0]
-        if ":" in item or ((_has_doubt(before) or _has_doubt(item)) and not _goes_on(after)):
+        if ":" in item or ((_has_doubt(before) or _has_doubt(item)) and not _goes_on(before, after)):
             parts.append(before)
             start = joint.end()
     return "; ".join([*parts, sentence[start:]])
@@ -116,8 +116,10 @@ def _has_doubt(text: str) -> bool:
     return any(statement.certainty != "affirmed" for statement in statements(text)) or not statements(text)
 
 
-def _goes_on(after: str) -> bool:
+def _goes_on(before: str, after: str) -> bool:
     """Whether a list of what is denied goes on behind a comma: to an `or`, or with the bare name of a lesion."""
+    if _search(words.AGENT_NOT_GIVEN, before.lower()):
+        return False
     rest = re.split(r"[;.]|\b(?:no|without)\b", words.plain_spelling(after), maxsplit=1)[0]
     item = rest.split(",")[0].strip()
     is_bare = len(item.split()) <= words.MAX_BARE_WORDS and bool(_lesion_kinds_of(item)) and not _has_doubt(item)
@@ -132,25 +134,30 @@ class _Truth:
         self.facts = known.facts
 
     @cached_property
+    def volume(self) -> LabelledVolume | None:
+        """The label map."""
+        return labelled_volume(self.known)
+
+    @cached_property
     def measured(self) -> list[Measured]:
         """Lesions of the label map."""
-        volume = labelled_volume(self.known)
-        return volume.lesions() if volume else []
+        return self.volume.lesions() if self.volume else []
 
     @cached_property
     def _values(self) -> dict[int, str]:
         """Values of the label map to plain names, also of those without voxels."""
         if self.known.label_map is None:
             return {}
-        return {value: words.plain_spelling(plain_name(name)) for value, name in self.known.label_names.items() if value}
+        return {
+            value: words.plain_spelling(plain_name(name)) for value, name in self.known.label_names.items() if value
+        }
 
     @cached_property
     def seen(self) -> set[str]:
         """Plain names of all labels that have voxels."""
-        volume = labelled_volume(self.known)
-        if volume is None:
+        if self.volume is None:
             return set()
-        return {name for value, name in self._values.items() if 0 < value < 256 and volume.num_voxels[value]}
+        return {name for value, name in self._values.items() if 0 < value < 256 and self.volume.num_voxels[value]}
 
     @property
     def unseen(self) -> set[str]:
@@ -201,7 +208,7 @@ def _search(pattern: str, text: str) -> bool:
     return re.search(pattern, text) is not None
 
 
-def _modality(text: str, truth: _Truth) -> Iterator[Wrong]:
+def _modality(text: str, _: _Truth) -> Iterator[Wrong]:
     if re.search(words.OTHER_MODALITIES, text, flags=re.IGNORECASE):
         yield "modality", text, "MRI"
 
@@ -254,8 +261,7 @@ def _names(text: str, vocabulary: Mapping[str, str]) -> Iterator[tuple[str, str]
         yield ordered[(match.lastindex or 0) - 2], match[1] or ""
 
 
-_STRUCTURES = {words.plain_spelling(name): "" for name in (*STRUCTURE_KINDS, *words.SEEN_IN)}
-_STRUCTURES = {name: words.any_number(name) for name in _STRUCTURES}
+_STRUCTURES = {name: words.any_number(name) for name in {*map(words.plain_spelling, STRUCTURE_KINDS), *words.SEEN_IN}}
 
 
 def _anatomy(text: str, truth: _Truth) -> Iterator[Wrong]:
@@ -288,13 +294,9 @@ def _items(text: str) -> list[str]:
     return re.sub(words.NOT_LESIONS, "", words.plain_spelling(text)).split(",")
 
 
-def _kinds(item: str) -> set[str]:
-    return _lesion_kinds_of(item)
-
-
 def _lesion(text: str, truth: _Truth) -> Iterator[Wrong]:
     for item in _items(text):
-        excluded = [kind for kind in sorted(_kinds(item)) if truth.excludes(kind)]
+        excluded = [kind for kind in sorted(_lesion_kinds_of(item)) if truth.excludes(kind)]
         if excluded:
             yield "lesion", text, "healthy" if truth.is_healthy else f"no {excluded[0]} is labelled"
 
@@ -322,10 +324,9 @@ def _denies(part: str, truth: _Truth) -> bool:
 
 
 def _side(text: str, truth: _Truth) -> Iterator[Wrong]:
-    """Read item by item; where none names a lesion with its side, as in `infarct: 1 lesion, left`, as a whole."""
-    items = _items(text)
-    sided = [pairs for pairs in map(_lesions_with_sides, items) if pairs]
-    for kind, said in (pair for pairs in sided or [_lesions_with_sides(",".join(items))] for pair in pairs):
+    """A side counts where it stands in one item with the lesion."""
+    items = _items(re.sub(words.SIDE_ALONE, " ", text, flags=re.IGNORECASE))
+    for kind, said in (pair for item in items for pair in _lesions_with_sides(item)):
         lesions = truth.of_kind({kind})
         known = _known_sides(lesions, truth)
         if not known or "midline" in known:
@@ -356,7 +357,7 @@ def _known_sides(lesions: Sequence[Measured], truth: _Truth) -> set[str]:
 def _count(text: str, truth: _Truth) -> Iterator[Wrong]:
     """A number that is out by two or more and by a factor of two: where lesions touch, counts may differ."""
     for item in _items(text):
-        lesions = truth.of_kind(_kinds(item))
+        lesions = truth.of_kind(_lesion_kinds_of(item))
         said = _number_of_lesions(item)
         if said is None or len(lesions) != 1:
             continue
@@ -390,7 +391,7 @@ def _signal(text: str, truth: _Truth) -> Iterator[Wrong]:
         if len(said) != 1 or _search(words.PARTS_OF_LESIONS, item):
             continue
         (word,) = said
-        kinds = _kinds(item)
+        kinds = _lesion_kinds_of(item)
         for name, signal in _measured_signals(kinds, item, truth):
             if signal == _OPPOSITE[word]:
                 yield "signal", text, f"{name} {signal}"
@@ -402,10 +403,8 @@ def _measured_signals(kinds: set[str], item: str, truth: _Truth) -> Iterator[tup
     if lesions and all(found.signal == lesions[0].signal for found in lesions):
         yield lesions[0].name, lesions[0].signal
     fluid, reference = TISSUES[0], TISSUES[2]
-    if not kinds and fluid in item and fluid in truth.seen:
-        volume = labelled_volume(truth.known)
-        assert volume is not None  # something of it was seen
-        yield from volume.signals(reference, [fluid]).items()
+    if truth.volume and not kinds and fluid in item:
+        yield from truth.volume.signals(reference, [fluid]).items()
 
 
 _CHECKS: tuple[Callable[[str, _Truth], Iterator[Wrong]], ...] = (

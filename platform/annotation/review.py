@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -140,7 +140,5 @@ def _reason(error: OSError | ValueError) -> str:
 def _verdict(path: Path, row_id: str, entry: object) -> Verdict:
     decision, note = (entry.get("verdict"), entry.get("note", "")) if isinstance(entry, dict) else (None, "")
     if decision not in get_args(Decision) or not isinstance(note, str):
-        raise ValueError(
-            f'{path}: row {row_id[:80]}: expected {{"verdict": "accept" or "reject", "note": text}}.'
-        )
-    return Verdict(decision=decision, note=note)
+        raise ValueError(f'{path}: row {row_id[:80]}: expected {{"verdict": "accept" or "reject", "note": text}}.')
+    return Verdict(decision=cast(Decision, decision), note=note)

@@ -86,7 +86,9 @@ def test_verdicts_are_kept_saved_and_read(page: Path, tab: Tab, tmp_path: Path) 
     assert tab.evaluate("document.getElementById('progress').textContent") == "2 of 3 decided, 1 accepted"
     tab.evaluate("window.isOld = true")
     tab.call("Page.reload")
-    tab.wait("!window.isOld && document.readyState === 'complete' && document.querySelectorAll('.item.reject').length === 1")
+    tab.wait(
+        "!window.isOld && document.readyState === 'complete' && document.querySelectorAll('.item.reject').length === 1"
+    )
     assert tab.evaluate("document.getElementById('progress').textContent") == "2 of 3 decided, 1 accepted"
     assert tab.evaluate("document.querySelectorAll('.item')[1].querySelector('input').value") == "a & b"
     tab.call("Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path / "saved"))
