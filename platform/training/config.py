@@ -20,9 +20,12 @@ DEFAULT_WEIGHTS: Mapping[str, float] = {
     "image": 0.5,
     "image.slices": 0.5,
     "paired": 1.0,
+    "paired.interleaved": 0.0,
+    "paired.slices": 0.0,
     "instruct.reconstruct": 1.0,
     "instruct.segment": 1.0,
     "instruct.text": 1.0,
+    "instruct.study": 0.0,
 }
 
 DEFAULT_EXCLUDED = ("small matrix", "near copy")
@@ -169,11 +172,19 @@ class RunConfig:
     exclude_flags: tuple[str, ...] = DEFAULT_EXCLUDED
     """Volumes that intake flagged so are left out, of `omnimri.platform.data.schema.FLAGS`; what is left out is counted
     in the log and in the model's card."""
+    tokenizer: str | None = None
+    """Local folder of a Qwen2.5 checkpoint whose tokenizer a new model takes, with our special tokens in vocabulary rows
+    that it leaves free; None trains a byte-level BPE on the texts of the training volumes."""
+    pack_length: int | None = None
+    """Tokens of a row that several short sequences share, each computed as if alone; None gives each its own row. Only
+    speed and memory depend on it."""
     tracking_uri: str | None = None
     """MLflow's; None keeps a database in the run's folder."""
 
     def __post_init__(self) -> None:
         check_flags(self.exclude_flags)
+        if self.pack_length is not None and self.pack_length < 1:
+            raise ValueError(f"RunConfig.pack_length must be 1 or more, or none; found {self.pack_length}.")
         if self.zero.offload == "cpu" and self.zero.stage >= 2:
             accumulating = [name for name in STAGES if self.stage(name).accumulation > 1]
             if accumulating:
