@@ -126,7 +126,7 @@ class InputConfig:
 
     @property
     def slice_shape(self) -> tuple[int, int]:
-        """Pixels of a slice on the grid that rows of any matrix share: what the volume covers, at the slice's spacing."""
+        """Pixels of a slice on the grid that rows of any matrix share: the volume's extent at the slice's spacing."""
         height, width = (
             round(size * mm / self.slice_spacing_mm)
             for size, mm in zip(self.volume_shape[1:], self.volume_spacing_mm[1:], strict=True)

@@ -147,7 +147,7 @@ class TokenSequence:
     labels: np.ndarray
     """Int64 `(L,)`: the token itself where text loss is taken, IGNORED elsewhere."""
     positions: np.ndarray | None = None
-    """Int64 `(L,)`: each token's place in its own sequence, where several share the row; None where one stands alone."""
+    """Int64 `(L,)`: each token's place in its own sequence, where several share a row; None where one stands alone."""
 
 
 @dataclass(frozen=True)
@@ -173,9 +173,7 @@ class SequenceBuilder:
         answer = self._queries(task) if task in IMAGE_TASKS else ""
         return self._join([(self._user_turn(instruction, facts, task), False), (answer, False)])
 
-    def example(
-        self, instruction: str, facts: Facts | Sequence[Facts], task: str, answer: str = ""
-    ) -> TokenSequence:
+    def example(self, instruction: str, facts: Facts | Sequence[Facts], task: str, answer: str = "") -> TokenSequence:
         """A request with its answer, the answer labelled; the answer of an image task is its query span."""
         answer = self._queries(task) if task in IMAGE_TASKS else answer
         return self._join([(self._user_turn(instruction, facts, task), False), (answer + special.TURN_END, True)])
@@ -209,10 +207,7 @@ class SequenceBuilder:
         kind = special.KSPACE if task == "reconstruct" else special.VOLUME
         volumes = [facts] if isinstance(facts, Mapping) else facts
         shown = "".join(self._vision(kind) + _context(known) for known in volumes)
-        return (
-            f"{special.TURN_START}user\n{shown}{instruction}{special.TURN_END}\n"
-            f"{special.TURN_START}assistant\n"
-        )
+        return f"{special.TURN_START}user\n{shown}{instruction}{special.TURN_END}\n{special.TURN_START}assistant\n"
 
     def _vision(self, kind: str) -> str:
         count = self.num_slice_visual if kind == special.SLICE else self.num_visual

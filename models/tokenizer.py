@@ -79,7 +79,7 @@ def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{folder}: expected the tokenizer of a Qwen2.5 checkpoint (tokenizer.json): {error}") from error
+        raise ValueError(f"{folder}: expected the tokenizer of a Qwen2.5 checkpoint: {error}") from error
     if tokenizer.decode(tokenizer.encode(_PROBE)) != _PROBE:
         raise ValueError(
             f"{folder}: expected a byte-level tokenizer, as Qwen2.5's is; this {type(tokenizer).__name__} does not "

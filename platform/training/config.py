@@ -173,8 +173,8 @@ class RunConfig:
     """Volumes that intake flagged so are left out, of `omnimri.platform.data.schema.FLAGS`; what is left out is counted
     in the log and in the model's card."""
     tokenizer: str | None = None
-    """Local folder of a Qwen2.5 checkpoint whose tokenizer a new model takes, with our special tokens in vocabulary rows
-    that it leaves free; None trains a byte-level BPE on the texts of the training volumes."""
+    """Local folder of a Qwen2.5 checkpoint whose tokenizer a new model takes, with our special tokens in rows of the
+    vocabulary that it leaves free; None trains a byte-level BPE on the texts of the training volumes."""
     pack_length: int | None = None
     """Tokens of a row that several short sequences share, each computed as if alone; None gives each its own row. Only
     speed and memory depend on it."""
