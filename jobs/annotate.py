@@ -63,7 +63,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = job_parser("annotate", __doc__)
     parser.add_argument("corpus", type=Path, metavar="DIR", help="ingested corpus")
     parser.add_argument("--backend", choices=BACKENDS, default="vllm", help="default: %(default)s")
-    parser.add_argument("--model", default=DEFAULT_MODEL, metavar="M", help="name or local folder (default: %(default)s)")
+    parser.add_argument(
+        "--model", default=DEFAULT_MODEL, metavar="M", help="name or local folder (default: %(default)s)"
+    )
     parser.add_argument("--endpoint", metavar="URL", help="OpenAI-compatible server, with --backend endpoint")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N volumes")
     parser.add_argument("--overwrite", action="store_true", help="replace a layer made with other settings")
@@ -95,8 +97,10 @@ def _run(args: argparse.Namespace) -> int:
         _log(uri, summary, config)
     print(_table(summary.tables))
     counts = summary.tables
-    print(f"{summary.out}: {counts['annotated']} volumes annotated, {summary.num_added} of them asked about now; "
-          f"{counts['contradicted']} contradicted, {counts['rejected']} rejected; sheet: {summary.out / REVIEW_NAME}")
+    print(
+        f"{summary.out}: {counts['annotated']} volumes annotated, {summary.num_added} of them asked about now; "
+        f"{counts['contradicted']} contradicted, {counts['rejected']} rejected; sheet: {summary.out / REVIEW_NAME}"
+    )
     return 0
 
 

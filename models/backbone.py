@@ -86,6 +86,12 @@ def balance_loss(load: Tensor, probability: Tensor, top_k: int) -> Tensor:
     return (load.detach() * probability).sum(-1).mean() * load.shape[-1] / top_k
 
 
-def router_z_loss(router_logits: tuple[Tensor, ...]) -> Tensor:
-    """Mean squared log-sum-exp of the router logits (ST-MoE, arXiv 2202.08906, eq. 5)."""
-    return torch.stack([logits.float().logsumexp(-1).square().mean() for logits in router_logits]).mean()
+def router_z_loss(router_logits: tuple[Tensor, ...], tokens: Tensor) -> Tensor:
+    """Mean squared log-sum-exp of the router logits (ST-MoE, arXiv 2202.08906, eq. 5) over the chosen tokens.
+
+    Args:
+        router_logits: Per layer `(B * T, E)`.
+        tokens: Bool `(B, T)`, the tokens that count: how a batch is padded must not change its loss.
+    """
+    chosen = tokens.reshape(-1)
+    return torch.stack([logits.float()[chosen].logsumexp(-1).square().mean() for logits in router_logits]).mean()

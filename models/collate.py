@@ -1,6 +1,6 @@
 """From samples to batches: what training, evaluation and serving feed the model, laid out in one place."""
 
-# B samples, S slices per sample, L sequence length
+# B samples, S slices per sample, M images of a sequence, L sequence length
 
 from __future__ import annotations
 
@@ -12,23 +12,34 @@ import torch
 from torch import Tensor
 
 from omnimri.models import special_tokens as special
+from omnimri.models.packing import join, pack
 from omnimri.models.prompts import IGNORED, SequenceBuilder, TokenSequence
+from omnimri.models.vocabulary import IMAGE_TASKS
 
 STACKED = ("volume", "spacing_mm", "contrast", "attributes")
-"""One per sample."""
+"""One per sample; where a sample shows M images of one patient in one sequence, M, joined along the first axis."""
 JOINED = ("volumes", "kspace", "mask", "sens_maps", "target", "slices", "slice_target")
 """Several slices per sample, joined along the first axis."""
 
 
-def collate(samples: Sequence[dict[str, Any]], builder: SequenceBuilder) -> dict[str, Tensor]:
+def collate(
+    samples: Sequence[dict[str, Any]], builder: SequenceBuilder, *, pack_length: int | None = None
+) -> dict[str, Tensor]:
     """One batch of samples of one source (see `platform.data.views`).
+
+    Args:
+        samples: Of one source.
+        builder: Lays out their sequences.
+        pack_length: Tokens of a row that several sequences may share (see `packing`); None gives each a row of its
+            own. Sequences that are answered by an image always have one.
 
     Raises:
         ValueError: If raw samples of different matrix or coils meet in one batch.
 
     Returns:
         The arrays of the samples; for samples with text the sequence fields of `sequence_batch`; for paired samples
-        also `text_ids`, `text_lengths` and `text_group` for the text encoder.
+        also `text_ids`, `text_lengths` and `text_group` for the text encoder, one per image. Images stand in the order
+        of their sequences' places.
     """
     first = samples[0]
     if "kspace" in first and len(shapes := {s["kspace"].shape[1:] for s in samples}) > 1:
@@ -36,47 +47,74 @@ def collate(samples: Sequence[dict[str, Any]], builder: SequenceBuilder) -> dict
             f"One batch holds k-space of several sizes (coils, Y, X): {sorted(shapes)}. Set rows_per_step of "
             "instruct.reconstruct to 1, or ingest data of one matrix at a time."
         )
-    batch = {name: torch.from_numpy(np.stack([s[name] for s in samples])) for name in STACKED if name in first}
+    sequences = [sequence for s in samples for sequence in _sequences(s, builder)]
+    if pack_length and sequences and first.get("task") not in IMAGE_TASKS:
+        rows = pack([len(s.token_ids) for s in sequences], pack_length)
+        samples = [samples[i] for row in rows for i in row]
+        sequences = [join([sequences[i] for i in row]) for row in rows]
+    put_together = np.concatenate if np.ndim(first.get("contrast", 0)) else np.stack
+    batch = {name: torch.from_numpy(put_together([s[name] for s in samples])) for name in STACKED if name in first}
     batch |= {name: torch.from_numpy(np.concatenate([s[name] for s in samples])) for name in JOINED if name in first}
     if "volumes" in batch:
         batch["volume"] = batch.pop("volumes")
         batch["attributes"] = batch["attributes"].flatten(0, 1)
-    if "instruction" in first:
-        sequences = [
-            builder.example(instruction, s["facts"], s["task"], s.get("answer", ""))
-            for s in samples
-            for instruction in _instructions(s)
-        ]
+    if sequences:
         batch |= sequence_batch(sequences, builder)
-    elif "text" in first:
-        sequences = [builder.paired(s["text"], image_first=s["image_first"]) for s in samples]
-        batch |= sequence_batch(sequences, builder) | _text_batch(samples, builder)
+    if _texts(first):
+        batch |= _text_batch(samples, builder)
     return batch
 
 
-def _instructions(sample: dict[str, Any]) -> list[str]:
-    """One, or those of a segmentation sample, which asks for several structures."""
-    asked = sample["instruction"]
-    return [asked] if isinstance(asked, str) else list(asked)
+def _sequences(sample: dict[str, Any], builder: SequenceBuilder) -> list[TokenSequence]:
+    """None of an image-only sample; several of a segmentation sample, one for each structure that it asks for."""
+    if "instruction" in sample:
+        asked = sample["instruction"]
+        return [
+            builder.example(instruction, sample["facts"], sample["task"], sample.get("answer", ""))
+            for instruction in ([asked] if isinstance(asked, str) else asked)
+        ]
+    if not (texts := _texts(sample)):
+        return []
+    kind, count = sample.get("image_kind", special.VOLUME), _images_per_text(sample)
+    return [builder.interleaved(texts, image_first=sample["image_first"], images_per_text=count, kind=kind)]
+
+
+def _texts(sample: dict[str, Any]) -> list[str]:
+    """What a sample of the paired view says of its images, in their order."""
+    return sample["texts"] if "texts" in sample else [sample["text"]] if "text" in sample else []
+
+
+def _images_per_text(sample: dict[str, Any]) -> int:
+    return np.size(sample["contrast"]) // len(_texts(sample))
 
 
 def sequence_batch(sequences: Sequence[TokenSequence], builder: SequenceBuilder) -> dict[str, Tensor]:
     """Right-padded `token_ids`, `labels` `(B, L)`, `lengths` `(B,)`, and where things stand.
 
-    `visual_places`, `query_places` and `instruction_places` (the user's words after the volume, with the end of
-    the turn) are bool `(B, L)`.
+    `visual_places`, `query_places` and `instruction_places` (the user's words after the last volume, with the end of
+    the turn) are bool `(B, L)`. Where sequences share a row, also `position_ids` `(B, L)`; `lengths` are those of rows.
     """
     ids = _pad([s.token_ids for s in sequences], builder.tokenizer.pad_token_id)
     queries = [builder.tokenizer.convert_tokens_to_ids(f"<q{i}>") for i in range(builder.num_queries)]
-    return {
+    batch = {
         "token_ids": ids,
         "labels": _pad([s.labels for s in sequences], IGNORED),
         "lengths": torch.tensor([len(s.token_ids) for s in sequences]),
         "visual_places": ids == builder.tokenizer.convert_tokens_to_ids(special.IMAGE_PAD),
         "query_places": torch.isin(ids, torch.tensor(queries)),
-        "instruction_places": _after(ids, builder, special.VISION_END) & ~_after(ids, builder, special.TURN_END),
+        "instruction_places": _after_last(ids, builder, special.VISION_END) & ~_after(ids, builder, special.TURN_END),
         "num_tokens": torch.tensor(sum(len(s.token_ids) for s in sequences)),
     }
+    if any(s.positions is not None for s in sequences):
+        positions = [np.arange(len(s.token_ids)) if s.positions is None else s.positions for s in sequences]
+        batch["position_ids"] = _pad(positions, 0)
+    return batch
+
+
+def _after_last(ids: Tensor, builder: SequenceBuilder, token: str) -> Tensor:
+    """Places behind the last occurrence of a token, bool `(B, L)`."""
+    found = ids == builder.tokenizer.convert_tokens_to_ids(token)
+    return found.flip(1).cumsum(1).flip(1) == 0
 
 
 def _after(ids: Tensor, builder: SequenceBuilder, token: str) -> Tensor:
@@ -86,12 +124,13 @@ def _after(ids: Tensor, builder: SequenceBuilder, token: str) -> Tensor:
 
 
 def _text_batch(samples: Sequence[dict[str, Any]], builder: SequenceBuilder) -> dict[str, Tensor]:
-    """Texts for the text encoder; samples with the same text or of the same study share a group."""
-    ids = [builder.plain(s["text"]).token_ids for s in samples]
+    """A text for every image, for the text encoder; those of the same study share a group."""
+    pairs = [(text, s["text_group"]) for s in samples for text in _texts(s) for _ in range(_images_per_text(s))]
+    ids = [builder.plain(text).token_ids for text, _ in pairs]
     return {
         "text_ids": _pad(ids, builder.tokenizer.pad_token_id),
         "text_lengths": torch.tensor([len(i) for i in ids]),
-        "text_group": torch.tensor([s["text_group"] for s in samples]),
+        "text_group": torch.tensor([group for _, group in pairs]),
     }
 
 

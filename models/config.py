@@ -124,6 +124,15 @@ class InputConfig:
     """Coil maps of reconstruction, in training and in use (`physics.SENS_MAPS`). `espirit` takes 0.3 s for a slice of
     128 x 128 and 8 coils on two cores, but half a minute for 320 x 320 and 16: compress coils first."""
 
+    @property
+    def slice_shape(self) -> tuple[int, int]:
+        """Pixels of a slice on the grid that rows of any matrix share: the volume's extent at the slice's spacing."""
+        height, width = (
+            round(size * mm / self.slice_spacing_mm)
+            for size, mm in zip(self.volume_shape[1:], self.volume_spacing_mm[1:], strict=True)
+        )
+        return height, width
+
 
 @dataclass(frozen=True, kw_only=True)
 class OmniMRIConfig:

@@ -129,24 +129,23 @@ class Engine:
     # -- encoder -----------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def encode(self, scan: Scan, instruction: str, task: str) -> Prompt:
+    def encode(self, scan: Scan, instruction: str, task: str, others: Sequence[Scan] = ()) -> Prompt:
         """Look at a scan with an instruction in mind.
 
         Args:
             scan: For `reconstruct` with `kspace` and `mask`; its image is then the zero-filled one.
             instruction: Natural language.
             task: One of the five tasks.
+            others: Further contrasts of the study, shown behind the scan; the answer is about the scan.
 
         Raises:
             ValueError: If the task is unknown.
         """
         if task not in TASKS:
             raise ValueError(f"Task {task!r} is unknown; known: {', '.join(TASKS)}.")
-        volume = self.preprocess.volume(scan)
-        contrast = scan.facts.get("contrast")
-        index = CONTRASTS.index(contrast) if contrast in CONTRASTS else len(CONTRASTS)
-        visual = self.model.aligned_tokens(volume.volume[None], volume.spacing_mm[None], torch.tensor([index]))
-        sequence = self.sequences.request(instruction, scan.facts, task)
+        scans = (scan, *others)
+        visual = torch.cat([self._visual(shown) for shown in scans])
+        sequence = self.sequences.request(instruction, [shown.facts for shown in scans], task)
         batch = sequence_batch([sequence], self.sequences)
         embeds = self.model.embed(batch["token_ids"], visual, batch["visual_places"])
         queries = self._queries(embeds, batch) if task in IMAGE_TASKS else None
@@ -158,6 +157,13 @@ class Engine:
             queries=queries,
             warnings=tuple(self._warnings(scan)),
         )
+
+    def _visual(self, scan: Scan) -> Tensor:
+        """Visual tokens `(1, N, H)`."""
+        volume = self.preprocess.volume(scan)
+        contrast = scan.facts.get("contrast")
+        index = CONTRASTS.index(contrast) if contrast in CONTRASTS else len(CONTRASTS)
+        return self.model.aligned_tokens(volume.volume[None], volume.spacing_mm[None], torch.tensor([index]))
 
     def _queries(self, embeds: Tensor, batch: dict[str, Tensor]) -> np.ndarray:
         hidden = self.model.backbone.model(inputs_embeds=embeds).last_hidden_state
@@ -331,8 +337,16 @@ class Engine:
 
 def sequence_builder(config: OmniMRIConfig, tokenizer: PreTrainedTokenizerBase) -> SequenceBuilder:
     """The layout of token sequences for a model configuration."""
-    grid = [-(-s // t) for s, t in zip(config.inputs.volume_shape, config.vision.token_stride, strict=True)]
-    return SequenceBuilder(tokenizer, num_visual=math.prod(grid), num_queries=config.connector.num_queries)
+
+    def num_tokens(shape: tuple[int, int, int]) -> int:
+        return math.prod(-(-size // step) for size, step in zip(shape, config.vision.token_stride, strict=True))
+
+    return SequenceBuilder(
+        tokenizer,
+        num_visual=num_tokens(config.inputs.volume_shape),
+        num_queries=config.connector.num_queries,
+        num_slice_visual=num_tokens((1, *config.inputs.slice_shape)),
+    )
 
 
 def _queries_of(prompt: Prompt, task: str) -> Tensor:

@@ -130,7 +130,9 @@ class MultimodalPretraining(nn.Module):
     def forward(self, batch: Batch) -> Losses:
         """`batch`: `volume`, `spacing_mm`, `contrast`, and the sequence fields of `collate`."""
         vision_tokens = self.model.vision_tokens(batch["volume"])
-        visual = self.model.align_tokens(vision_tokens, batch["spacing_mm"], batch["contrast"])
+        visual = self.model.align_tokens(
+            vision_tokens, batch["spacing_mm"], batch["contrast"], batch["volume"].shape[2:]
+        )
         hidden, losses = _run_backbone(self.model, batch, visual)
         before = batch["visual_places"].roll(-1, dims=1)
         before[:, -1] = False
@@ -190,7 +192,8 @@ class InstructionTuning(nn.Module):
     def _run(self, batch: Batch) -> tuple[Tensor, Losses]:
         """The backbone over every sequence; those about one volume share its visual tokens."""
         visual = self.model.aligned_tokens(batch["volume"], batch["spacing_mm"], batch["contrast"])
-        return _run_backbone(self.model, batch, _repeat(visual, len(batch["token_ids"])))
+        num_images = int(batch["visual_places"].sum()) // visual.shape[1]
+        return _run_backbone(self.model, batch, _repeat(visual, num_images))
 
     def _condition(self, batch: Batch, hidden: Tensor) -> Tensor:
         """Connector output per slice: `(B S, K, P)`, or `(B S, N, K, P)` to segment."""
@@ -273,9 +276,13 @@ def _run_backbone(model: OmniMRI, batch: Batch, visual: Tensor) -> tuple[Tensor,
     """Hidden states `(B, L, H)`, text loss and router health of one batch."""
     ids, labels = batch["token_ids"], batch["labels"]
     real = torch.arange(ids.shape[1], device=ids.device)[None] < batch["lengths"][:, None]
+    positions = batch.get("position_ids")
     output = model.backbone.model(
         inputs_embeds=model.embed(ids, visual, batch["visual_places"]),
-        attention_mask=real.long(),
+        # A mask, or a cache, would keep transformers from seeing where packed sequences start.
+        attention_mask=real.long() if positions is None else None,
+        position_ids=positions,
+        use_cache=False,
         output_router_logits=True,
     )
     hidden = output.last_hidden_state
@@ -291,7 +298,7 @@ def _router_losses(model: OmniMRI, router_logits: tuple[Tensor, ...], visual: Te
     loads = {"text": router_statistics(router_logits, top_k, real & ~visual)}
     loads["image"] = router_statistics(router_logits, top_k, visual)
     losses = {"loss_balance": torch.stack([balance_loss(f, p, top_k) for f, p in loads.values()]).mean()}
-    losses["loss_router_z"] = router_z_loss(router_logits)
+    losses["loss_router_z"] = router_z_loss(router_logits, real)
     overall, _ = router_statistics(router_logits, top_k, real)
     even = overall.mean(0) * overall.shape[1] / top_k
     losses |= {f"router_load_expert_{expert}": load for expert, load in enumerate(even)}

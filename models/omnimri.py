@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -103,27 +103,33 @@ class OmniMRI(nn.Module):
 
     def aligned_tokens(self, volume: Tensor, spacing_mm: Tensor, contrast: Tensor) -> Tensor:
         """Volume `(B, 1, D, H, W)` to backbone-width tokens `(B, N, H)`; the vision encoder is not trained here."""
-        return self.align_tokens(self.vision_tokens(volume), spacing_mm, contrast)
+        return self.align_tokens(self.vision_tokens(volume), spacing_mm, contrast, volume.shape[2:])
 
     def vision_tokens(self, volume: Tensor) -> Tensor:
         """Tokens `(B, N, V)` of volumes `(B, 1, D, H, W)` from the frozen encoder."""
         return self._token_cache.tokens(self.vision, volume)
 
-    def align_tokens(self, tokens: Tensor, spacing_mm: Tensor, contrast: Tensor) -> Tensor:
-        """Vision tokens `(B, N, V)` to backbone width; `spacing_mm` is that of the voxels."""
-        stride = torch.tensor(self.config.vision.token_stride, device=tokens.device)
-        grid = self.vision.token_grid(self.config.inputs.volume_shape)
-        return self.align(tokens, grid, spacing_mm * stride, contrast)
+    def align_tokens(self, tokens: Tensor, spacing_mm: Tensor, contrast: Tensor, shape: Sequence[int]) -> Tensor:
+        """Vision tokens `(B, N, V)` of volumes `(D, H, W)` to backbone width; `spacing_mm` is that of the voxels."""
+        z, y, x = shape
+        extent = [min(size, step) for size, step in zip(shape, self.config.vision.token_stride, strict=True)]
+        token_mm = spacing_mm * torch.tensor(extent, device=tokens.device)  # of a single slice one voxel deep
+        return self.align(tokens, self.vision.token_grid((z, y, x)), token_mm, contrast)
 
     def embed(self, token_ids: Tensor, visual: Tensor, places: Tensor) -> Tensor:
-        """Embeddings `(B, L, H)` of token ids `(B, L)`, the bool `places` `(B, L)` filled by `visual` `(B, N, H)`.
+        """Embeddings `(B, L, H)` of token ids `(B, L)`, the bool `places` `(B, L)` filled by `visual` `(V, N, H)`.
+
+        The V images stand in the order of their places, row by row.
 
         Raises:
-            ValueError: If a sequence does not hold exactly N places.
+            ValueError: If the places are not N for each of the V images, whole images in every row.
         """
-        counts = places.sum(1)
-        if not bool((counts == visual.shape[1]).all()):
-            raise ValueError(f"Expected {visual.shape[1]} image placeholders per sequence, found {counts.tolist()}.")
+        counts, (num_images, per_image) = places.sum(1), visual.shape[:2]
+        if bool((counts % per_image).any()) or int(counts.sum()) != num_images * per_image:
+            raise ValueError(
+                f"Expected {per_image} image placeholders for each of {num_images} images, found {counts.tolist()} in "
+                "the sequences."
+            )
         embeddings = self.backbone.get_input_embeddings()(token_ids)
         return embeddings.masked_scatter(places[..., None], visual.to(embeddings.dtype))
 

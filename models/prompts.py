@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -120,6 +120,10 @@ def untagged(text: str) -> str:
     return text.strip()
 
 
+Facts = Mapping[str, object]
+"""What a header says of a volume."""
+
+
 @dataclass(frozen=True)
 class TokenSequence:
     """One sequence of the backbone."""
@@ -128,6 +132,8 @@ class TokenSequence:
     """Int64 `(L,)`; visual positions hold the image placeholder."""
     labels: np.ndarray
     """Int64 `(L,)`: the token itself where text loss is taken, IGNORED elsewhere."""
+    positions: np.ndarray | None = None
+    """Int64 `(L,)`: each token's place in its own sequence, where several share a row; None where one stands alone."""
 
 
 @dataclass(frozen=True)
@@ -139,35 +145,59 @@ class SequenceBuilder:
     """Placeholders per volume."""
     num_queries: int
     """Query tokens in an image answer."""
+    num_slice_visual: int = 0
+    """Placeholders per single slice."""
 
-    def request(self, instruction: str, facts: Mapping[str, object], task: str) -> TokenSequence:
-        """User turn with the volume and the instruction, open for the assistant; image tasks end in their queries."""
+    def request(self, instruction: str, facts: Facts | Sequence[Facts], task: str) -> TokenSequence:
+        """User turn with the volume and the instruction, open for the assistant; image tasks end in their queries.
+
+        Args:
+            instruction: Natural language.
+            facts: Of the volume; of each, where the turn shows several contrasts of a study. The first is asked about.
+            task: One of the five tasks.
+        """
         answer = self._queries(task) if task in IMAGE_TASKS else ""
         return self._join([(self._user_turn(instruction, facts, task), False), (answer, False)])
 
-    def example(self, instruction: str, facts: Mapping[str, object], task: str, answer: str = "") -> TokenSequence:
+    def example(self, instruction: str, facts: Facts | Sequence[Facts], task: str, answer: str = "") -> TokenSequence:
         """A request with its answer, the answer labelled; the answer of an image task is its query span."""
         answer = self._queries(task) if task in IMAGE_TASKS else answer
         return self._join([(self._user_turn(instruction, facts, task), False), (answer + special.TURN_END, True)])
 
     def paired(self, text: str, *, image_first: bool) -> TokenSequence:
         """Volume and description in one sequence of stage 3, in either order, the text labelled."""
-        parts = [(self._vision(special.VOLUME), False), (text + special.TURN_END, True)]
-        return self._join(parts if image_first else parts[::-1])
+        return self.interleaved([text], image_first=image_first)
+
+    def interleaved(
+        self, texts: Sequence[str], *, image_first: bool, images_per_text: int = 1, kind: str = special.VOLUME
+    ) -> TokenSequence:
+        """Images and texts by turns in one sequence of stage 3, the texts labelled.
+
+        Args:
+            texts: In the order of their images.
+            image_first: Whether images come before their text or after it.
+            images_per_text: 1 for volumes with a text each; more where one text speaks of several slices.
+            kind: `VOLUME` or `SLICE` of `special_tokens`.
+        """
+        parts: list[tuple[str, bool]] = []
+        for text in texts:
+            pair = [(self._vision(kind) * images_per_text, False), (text + special.TURN_END, True)]
+            parts += pair if image_first else pair[::-1]
+        return self._join(parts)
 
     def plain(self, text: str) -> TokenSequence:
         """Text alone, ending in the turn's end, as the text encoder takes it."""
         return self._join([(text + special.TURN_END, False)])
 
-    def _user_turn(self, instruction: str, facts: Mapping[str, object], task: str) -> str:
+    def _user_turn(self, instruction: str, facts: Facts | Sequence[Facts], task: str) -> str:
         kind = special.KSPACE if task == "reconstruct" else special.VOLUME
-        return (
-            f"{special.TURN_START}user\n{self._vision(kind)}{context_sentence(facts)}{instruction}{special.TURN_END}\n"
-            f"{special.TURN_START}assistant\n"
-        )
+        volumes = [facts] if isinstance(facts, Mapping) else facts
+        shown = "".join(self._vision(kind) + context_sentence(known) for known in volumes)
+        return f"{special.TURN_START}user\n{shown}{instruction}{special.TURN_END}\n{special.TURN_START}assistant\n"
 
     def _vision(self, kind: str) -> str:
-        return f"{kind}{special.VISION_START}{special.IMAGE_PAD * self.num_visual}{special.VISION_END}"
+        count = self.num_slice_visual if kind == special.SLICE else self.num_visual
+        return f"{kind}{special.VISION_START}{special.IMAGE_PAD * count}{special.VISION_END}"
 
     def _queries(self, task: str) -> str:
         start, end = (special.RECON, special.RECON_END) if task == "reconstruct" else (special.SEG, special.SEG_END)

@@ -43,6 +43,62 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     return _with_special_tokens(Qwen2Tokenizer(vocab=learned["vocab"], merges=merges))
 
 
+def adopt_tokenizer(folder: Path | str, num_rows: int) -> PreTrainedTokenizerBase:
+    """The tokenizer of a Qwen2.5 checkpoint, our special tokens in rows that its embedding has and nothing uses.
+
+    Qwen2.5 pads its embedding: 151,665 tokens in 151,936 rows (152,064 from 7B on). Tokens that it has in common with
+    ours keep their rows, and so does every word: texts encode as before, and the embedding keeps its shape.
+
+    Args:
+        folder: Local, with `tokenizer.json` or `vocab.json` and `merges.txt`; weights need not be there.
+        num_rows: Rows of the embedding, `BackboneConfig.vocab_size`.
+
+    Raises:
+        ValueError: If the folder has no byte-level tokenizer, its embedding has another number of rows, or too few of
+            them are free.
+    """
+    tokenizer = _read_tokenizer(Path(folder))
+    _check_rows(Path(folder), num_rows)
+    known = tokenizer.get_vocab()
+    new = [token for token in SPECIAL_TOKENS if token not in known]
+    first = max(known.values()) + 1
+    if first + len(new) > num_rows:
+        raise ValueError(
+            f"{folder}: {len(new)} special tokens are not in its vocabulary ({new[0]} to {new[-1]}), but of the "
+            f"embedding's {num_rows} rows only {max(0, num_rows - first)} are free behind token {first - 1}: "
+            f"{first + len(new) - num_rows} too few. An embedding is not resized: take a checkpoint with a padded one."
+        )
+    return _with_special_tokens(tokenizer)
+
+
+_PROBE = "T2*: 1,5 mm (Ø 3 µm), 脑 ✓\n\n\tdon't  "
+
+
+def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a local folder, as it is, if it gives every byte back."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder}: expected the tokenizer of a Qwen2.5 checkpoint: {error}") from error
+    if tokenizer.decode(tokenizer.encode(_PROBE)) != _PROBE:
+        raise ValueError(
+            f"{folder}: expected a byte-level tokenizer, as Qwen2.5's is; this {type(tokenizer).__name__} does not "
+            f"give {_PROBE!r} back as it was."
+        )
+    return tokenizer
+
+
+def _check_rows(folder: Path, num_rows: int) -> None:
+    """Check that the embedding beside a tokenizer, if there is one, has as many rows as ours."""
+    config = folder / "config.json"
+    rows = json.loads(config.read_text(encoding="utf-8")).get("vocab_size") if config.is_file() else None
+    if rows not in (None, num_rows):
+        raise ValueError(
+            f"{folder}: its embedding has {rows} rows, BackboneConfig.vocab_size is {num_rows}; an embedding is not "
+            f"resized. Set model.backbone.vocab_size={rows}, or choose the preset of that checkpoint's size."
+        )
+
+
 def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint, or of a local Qwen2/Qwen2.5 folder, with our special tokens added."""
     return _with_special_tokens(AutoTokenizer.from_pretrained(str(folder), local_files_only=True))

@@ -36,10 +36,12 @@ def apply_overrides(config: Config, assignments: Sequence[str]) -> Config:
             raise ValueError(f"--set {assignment}: expected key=value, for example --set {known_keys(config)[0]}=...")
         changes[key.strip()] = text.strip()
     known = known_keys(config)
+    # An entry may be named as if it lay inside another: the sources `paired` and `paired.interleaved`.
+    branches = {key for key, value in _walk(config, type(config), key="") if _is_branch(value)}
     for key in changes:
         if key not in known:
             raise ValueError(f"--set {key}: unknown key.{_suggestion(key, known)} Known keys: {', '.join(known)}.")
-        if inside := [other for other in changes if other.startswith(f"{key}.")]:
+        if inside := [other for other in changes if key in branches and other.startswith(f"{key}.")]:
             raise ValueError(f"--set {key} and --set {inside[0]} say different things of one value: give one of them.")
     return _rebuild(config, type(config), changes, key="")
 

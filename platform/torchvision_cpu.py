@@ -15,7 +15,7 @@ _OPERATORS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 )
-_defined = []
+_defined: list[object] = []
 """Definitions last as long as their library object."""
 
 

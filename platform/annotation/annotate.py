@@ -441,4 +441,3 @@ def _estimated_tokens(rows: Sequence[RowRef], config: AnnotateConfig) -> dict[st
         squares = (config.pictures.longest_edge_px / _PIXELS_PER_TOKEN) ** 2
         counts.append(len(question.prompt) / 4 + squares * len(question.pictures))
     return {"prompt": float(np.mean(counts)) if counts else 0.0, "answer": 200.0}
-

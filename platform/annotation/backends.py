@@ -226,7 +226,10 @@ def _from_completion(response: httpx.Response) -> Row:
     try:
         completion = response.json()
         text, usage = completion["choices"][0]["message"]["content"], completion.get("usage") or {}
-        counts = {"prompt_tokens": usage.get("prompt_tokens") or 0, "answer_tokens": usage.get("completion_tokens") or 0}
+        counts = {
+            "prompt_tokens": usage.get("prompt_tokens") or 0,
+            "answer_tokens": usage.get("completion_tokens") or 0,
+        }
     except (ValueError, KeyError, IndexError, TypeError, AttributeError):
         return {**_NO_ANSWER, "error": "The endpoint answered with something that is no chat completion."}
     return {"text": text or "", **counts}

@@ -84,9 +84,7 @@ def read_line(ref: GeneratedRef) -> dict[str, Any]:
     return json.loads(line)
 
 
-def with_generated(
-    description: str | None, origin: str | None, fields: Mapping[str, str]
-) -> tuple[str, str]:
+def with_generated(description: str | None, origin: str | None, fields: Mapping[str, str]) -> tuple[str, str]:
     """Description and origin, as the columns hold them, with generated fields where nothing else is known."""
     known = Description.model_validate_json(description) if description else Description()
     origins: dict[str, str] = json.loads(origin) if origin else {}

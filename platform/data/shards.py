@@ -78,6 +78,26 @@ class RowRef:
     """What a model wrote about it; see `omnimri.platform.data.generated`."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class StudyRef:
+    """The rows of one study, for samples that show several of its series together."""
+
+    rows: tuple[RowRef, ...]
+
+    @property
+    def row_id(self) -> str:
+        """Those of its rows."""
+        return " ".join(row.row_id for row in self.rows)
+
+
+def studies(rows: Iterable[RowRef], *, at_least: int = 2) -> list[StudyRef]:
+    """Rows by study, in the order of their first; studies with fewer rows are left out."""
+    found: dict[tuple[str, str, str], list[RowRef]] = {}
+    for row in rows:
+        found.setdefault((row.dataset, row.patient_id, row.study_id), []).append(row)
+    return [StudyRef(rows=tuple(members)) for members in found.values() if len(members) >= at_least]
+
+
 class Shards:
     """The rows of one or several corpora."""
 

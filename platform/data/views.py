@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
+from omnimri.models import special_tokens as special
 from omnimri.models.physics import (
     SenseOperator,
     estimate_sens_maps,
@@ -41,6 +42,8 @@ from omnimri.platform.language.words import finding_field, plain_name
 
 Row = Mapping[str, Any]
 Sample = dict[str, Any]
+LoadRow = Callable[[], Row]
+"""Reads one row of a study when it is drawn."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +55,8 @@ class ViewOptions:
     """Slices that an image sample takes of one volume."""
     accelerations: tuple[int, ...] = (4, 4, 8)
     """Drawn from with equal chance; repeat one to weigh it."""
+    volumes_per_sequence: int = 4
+    """Contrasts of a study that an interleaved sequence shows, at most; each shows two at least."""
     structures_per_sample: int = 4
     """Structures that a segmentation sample asks for, each by an instruction of its own."""
     text_tasks: Mapping[str, float] = field(default_factory=lambda: {"detect": 0.25, "diagnose": 0.45, "report": 0.3})
@@ -74,7 +79,10 @@ class Source:
     columns: tuple[str, ...]
     """Columns that `make` reads."""
     accepts: Callable[[RowRef], bool]
-    make: Callable[[Row, np.random.Generator, ViewOptions], Sample]
+    make: Callable[[Any, np.random.Generator, ViewOptions], Sample]
+    """Of a row; with `by_study` of a `LoadRow` for each row of a study that is accepted."""
+    by_study: bool = False
+    """A sample shows several rows of one study."""
 
 
 def center_fraction_for(acceleration: int) -> float:
@@ -98,14 +106,63 @@ def slice_sample(row: Row, rng: np.random.Generator, options: ViewOptions) -> Sa
 
 def paired_sample(row: Row, rng: np.random.Generator, options: ViewOptions) -> Sample:
     """Volume with its description or its report, in either order."""
-    texts = [text for text in (description_text(row["description"]), row["report"]) if text]
-    text = texts[int(rng.integers(len(texts)))]
-    group = int(hashlib.sha256(f"{row['study_id']}".encode()).hexdigest()[:12], 16)
     return _volume_fields(row, options) | {
-        "text": text,
+        "text": _drawn_text(row, rng),
         "image_first": bool(rng.random() < 0.5),
-        "text_group": group,
+        "text_group": _text_group(row),
     }
+
+
+def interleaved_sample(study: Sequence[LoadRow], rng: np.random.Generator, options: ViewOptions) -> Sample:
+    """Several contrasts of a study, each with its own text, all volumes before their texts or all after them.
+
+    Volumes are `(M, 1, D, H, W)`, in an order that is drawn.
+    """
+    rows = _drawn_rows(study, options.volumes_per_sequence, rng)
+    return _stacked([_volume_fields(row, options) for row in rows]) | {
+        "texts": [_drawn_text(row, rng) for row in rows],
+        "image_first": bool(rng.random() < 0.5),
+        "text_group": _text_group(rows[0]),
+    }
+
+
+def paired_slices_sample(row: Row, rng: np.random.Generator, options: ViewOptions) -> Sample:
+    """Several slices of a volume in their order, `(S, 1, 1, H, W)`, with the volume's description or report."""
+    source = options.preprocess.slices(row_to_scan(row))
+    chosen = _draw(np.ptp(source.slices.numpy(), axis=(1, 2)) > 0.5, options.slices_per_sample, rng)
+    in_plane_mm = options.preprocess.inputs.slice_spacing_mm
+    spacing_mm = np.array([source.canonical.spacing_mm[source.axis], in_plane_mm, in_plane_mm], np.float32)
+    return {
+        "volume": _to_slice_grid(source.slices[chosen], options).numpy()[:, None, None],
+        "spacing_mm": np.repeat(spacing_mm[None], len(chosen), axis=0),
+        "contrast": np.full(len(chosen), contrast_index(row["contrast"]), np.int64),
+        "image_kind": special.SLICE,
+        "texts": [_drawn_text(row, rng)],
+        "image_first": bool(rng.random() < 0.5),
+        "text_group": _text_group(row),
+    }
+
+
+def _drawn_text(row: Row, rng: np.random.Generator) -> str:
+    """Description or report."""
+    texts = [text for text in (description_text(row["description"]), row["report"]) if text]
+    return texts[int(rng.integers(len(texts)))]
+
+
+def _text_group(row: Row) -> int:
+    """The same number for all texts of a study."""
+    return int(hashlib.sha256(f"{row['study_id']}".encode()).hexdigest()[:12], 16)
+
+
+def _drawn_rows(study: Sequence[LoadRow], most: int, rng: np.random.Generator) -> list[Row]:
+    """Two to `most` rows of a study in random order; the others are not read."""
+    count = int(rng.integers(2, min(len(study), most) + 1))
+    return [study[i]() for i in rng.permutation(len(study))[:count]]
+
+
+def _stacked(volumes: Sequence[Sample]) -> Sample:
+    """The fields of several volumes, joined along a new first axis."""
+    return {name: np.stack([fields[name] for fields in volumes]) for name in volumes[0]}
 
 
 def text_sample(row: Row, rng: np.random.Generator, options: ViewOptions) -> Sample:
@@ -119,6 +176,15 @@ def text_sample(row: Row, rng: np.random.Generator, options: ViewOptions) -> Sam
         "facts": drawn_context(evidence, rng, hides=pair.hides),
         "answer": pair.answer,
     }
+
+
+def study_sample(study: Sequence[LoadRow], rng: np.random.Generator, options: ViewOptions) -> Sample:
+    """A text task about one volume of a study, which the request shows first, with other contrasts behind it."""
+    asked, *others = _drawn_rows(study, options.volumes_per_sequence, rng)
+    sample = text_sample(asked, rng, options)
+    shown = [{name: sample[name] for name in _VOLUME_FIELDS}, *(_volume_fields(row, options) for row in others)]
+    facts = [sample["facts"], *(drawn_context(Evidence.of_row(row), rng, hides=_SAID_ONCE) for row in others)]
+    return sample | _stacked(shown) | {"facts": facts}
 
 
 def reconstruction_sample(row: Row, rng: np.random.Generator, options: ViewOptions) -> Sample:
@@ -215,13 +281,8 @@ def _drawn_structures(names: Mapping[int, str], count: int, rng: np.random.Gener
 
 def _to_slice_grid(slices: torch.Tensor, options: ViewOptions) -> torch.Tensor:
     """Slices `(S, H, W)` padded or cropped about their centre, so that rows of any matrix share a batch."""
-    inputs = options.preprocess.inputs
-    height, width = (
-        round(size * mm / inputs.slice_spacing_mm)
-        for size, mm in zip(inputs.volume_shape[1:], inputs.volume_spacing_mm[1:], strict=True)
-    )
     background = False if slices.dtype == torch.bool else float(slices.min())
-    return pad_or_crop(slices, (height, width), background)
+    return pad_or_crop(slices, options.preprocess.inputs.slice_shape, background)
 
 
 def structure_mask(label_map: np.ndarray, names: Mapping[int, str], structure: str) -> np.ndarray:
@@ -238,6 +299,11 @@ def description_text(description: str | None) -> str:
     levels = json.loads(description)
     known = [str(value) for level in levels.values() for value in level.values() if value]
     return "; ".join(known)
+
+
+_VOLUME_FIELDS = ("volume", "spacing_mm", "contrast")
+_SAID_ONCE = ("plane", "history")
+"""Said of the volume that is asked about; of the others only the contrast, or they would give an answer away."""
 
 
 def _volume_fields(row: Row, options: ViewOptions, scan: Scan | None = None) -> Sample:
@@ -289,6 +355,19 @@ SOURCES: dict[str, Source] = {
         accepts=lambda ref: ref.has_report,
         make=paired_sample,
     ),
+    "paired.interleaved": Source(
+        kind="paired",
+        columns=(*_FACTS, "description", "report"),
+        accepts=lambda ref: ref.has_report,
+        make=interleaved_sample,
+        by_study=True,
+    ),
+    "paired.slices": Source(
+        kind="paired",
+        columns=(*_FACTS, "description", "report"),
+        accepts=lambda ref: ref.has_report,
+        make=paired_slices_sample,
+    ),
     "instruct.reconstruct": Source(
         kind="instruction",
         columns=(*_FACTS, "kspace", "mask"),
@@ -306,5 +385,12 @@ SOURCES: dict[str, Source] = {
         columns=(*_FACTS, "boxes", "classes", "report", "label_map", "label_names"),
         accepts=lambda ref: ref.has_report or ref.has_boxes or ref.has_classes or ref.has_labels,
         make=text_sample,
+    ),
+    "instruct.study": Source(
+        kind="instruction",
+        columns=(*_FACTS, "boxes", "classes", "report", "label_map", "label_names"),
+        accepts=lambda ref: ref.has_report or ref.has_boxes or ref.has_classes or ref.has_labels,
+        make=study_sample,
+        by_study=True,
     ),
 }

@@ -20,9 +20,12 @@ DEFAULT_WEIGHTS: Mapping[str, float] = {
     "image": 0.5,
     "image.slices": 0.5,
     "paired": 1.0,
+    "paired.interleaved": 0.0,
+    "paired.slices": 0.0,
     "instruct.reconstruct": 1.0,
     "instruct.segment": 1.0,
     "instruct.text": 1.0,
+    "instruct.study": 0.0,
 }
 
 DEFAULT_EXCLUDED = ("small matrix", "near copy")
@@ -171,11 +174,19 @@ class RunConfig:
     in the log and in the model's card."""
     exclude_generated: bool = False
     """Train without what a model wrote about the volumes (`omnimri annotate`), to compare with and without."""
+    tokenizer: str | None = None
+    """Local folder of a Qwen2.5 checkpoint whose tokenizer a new model takes, with our special tokens in rows of the
+    vocabulary that it leaves free; None trains a byte-level BPE on the texts of the training volumes."""
+    pack_length: int | None = None
+    """Tokens of a row that several short sequences share, each computed as if alone; None gives each its own row. Only
+    speed and memory depend on it."""
     tracking_uri: str | None = None
     """MLflow's; None keeps a database in the run's folder."""
 
     def __post_init__(self) -> None:
         check_flags(self.exclude_flags)
+        if self.pack_length is not None and self.pack_length < 1:
+            raise ValueError(f"RunConfig.pack_length must be 1 or more, or none; found {self.pack_length}.")
         if self.zero.offload == "cpu" and self.zero.stage >= 2:
             accumulating = [name for name in STAGES if self.stage(name).accumulation > 1]
             if accumulating:

@@ -34,7 +34,7 @@ class Kit(Protocol):
         """The rows of a split (`train` or `val`) that a source may show, and how samples are made of them."""
 
     def build_tokenizer(self, data: Sequence[str], config: Any, folder: Path) -> None:
-        """Train a tokenizer on the texts of the training rows and write it to `folder`."""
+        """Write the run's tokenizer to `folder`: a pretrained one, or one trained on the texts of the training rows."""
 
     def load_tokenizer(self, folder: Path) -> Any:
         """A tokenizer from its folder."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,16 @@ from transformers.utils.logging import disable_progress_bar
 
 from omnimri.models.collate import collate
 from omnimri.models.config import OmniMRIConfig
+from omnimri.models.engine import sequence_builder
 from omnimri.models.instructions import INSTRUCTIONS, question_texts
 from omnimri.models.objectives import build_objective
 from omnimri.models.omnimri import OmniMRI, read_index
 from omnimri.models.preprocess import Preprocess, read_preprocess
-from omnimri.models.prompts import SequenceBuilder, diagnosis_choices
-from omnimri.models.tokenizer import load_tokenizer, train_tokenizer
+from omnimri.models.prompts import diagnosis_choices
+from omnimri.models.tokenizer import adopt_tokenizer, load_tokenizer, train_tokenizer
 from omnimri.models.vocabulary import STRUCTURES
 from omnimri.platform.data.licences import ANY, count_licences, licensed
-from omnimri.platform.data.shards import RowRef, Shards, load_row
+from omnimri.platform.data.shards import RowRef, Shards, StudyRef, load_row, studies
 from omnimri.platform.data.stream import SourceRows
 from omnimri.platform.data.views import SOURCES, ViewOptions, description_text
 
@@ -37,7 +39,10 @@ TEXT_ROWS = 2000
 class _Load:
     columns: tuple[str, ...]
 
-    def __call__(self, ref: RowRef) -> dict[str, Any]:
+    def __call__(self, ref: RowRef | StudyRef) -> Any:
+        """The row; of a study a reader for each of its rows, since a sample does not show all."""
+        if isinstance(ref, StudyRef):
+            return [partial(load_row, row, self.columns) for row in ref.rows]
         return load_row(ref, self.columns)
 
 
@@ -46,7 +51,7 @@ class _Make:
     source: str
     options: ViewOptions
 
-    def __call__(self, row: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
+    def __call__(self, row: Any, rng: np.random.Generator) -> dict[str, Any]:
         return SOURCES[self.source].make(row, rng, self.options)
 
 
@@ -64,6 +69,10 @@ class OmniMRIKit:
     """Volumes that intake flagged so are left out."""
     exclude_generated: bool = False
     """Leave out what a model wrote about the volumes."""
+    tokenizer: str | None = None
+    """Folder of a Qwen2.5 checkpoint whose tokenizer is taken; None trains one on the texts of the rows."""
+    pack_length: int | None = None
+    """See `omnimri.models.collate.collate`."""
 
     def kinds(self) -> Mapping[str, str]:
         """See `Kit`."""
@@ -99,7 +108,8 @@ class OmniMRIKit:
     def source_rows(self, source: str, data: Sequence[str], config: OmniMRIConfig, split: str) -> SourceRows:
         """See `Kit`."""
         options = ViewOptions(preprocess=Preprocess(config.inputs), **self.view)
-        rows = [ref for ref in self._rows(data).select(split=split).rows if SOURCES[source].accepts(ref)]
+        accepted = [ref for ref in self._rows(data).select(split=split).rows if SOURCES[source].accepts(ref)]
+        rows = studies(accepted) if SOURCES[source].by_study else accepted
         return SourceRows(rows=rows, load=_Load(SOURCES[source].columns), make=_Make(source, options))
 
     def _rows(self, data: Sequence[str]) -> Shards:
@@ -114,7 +124,12 @@ class OmniMRIKit:
 
     def build_tokenizer(self, data: Sequence[str], config: OmniMRIConfig, folder: Path) -> None:
         """See `Kit`."""
-        train_tokenizer(corpus_texts(self._rows(data)), config.backbone.vocab_size).save_pretrained(folder)
+        vocab_size = config.backbone.vocab_size
+        if self.tokenizer is None:
+            tokenizer = train_tokenizer(corpus_texts(self._rows(data)), vocab_size)
+        else:
+            tokenizer = adopt_tokenizer(self.tokenizer, vocab_size)
+        tokenizer.save_pretrained(folder)
 
     def load_tokenizer(self, folder: Path) -> PreTrainedTokenizerBase:
         """See `Kit`."""
@@ -148,14 +163,7 @@ class OmniMRIKit:
     ) -> dict[str, Tensor]:
         """See `Kit`."""
         assert isinstance(model, OmniMRI)
-        return collate(
-            samples,
-            SequenceBuilder(
-                tokenizer=tokenizer,
-                num_visual=model.num_visual_tokens,
-                num_queries=model.config.connector.num_queries,
-            ),
-        )
+        return collate(samples, sequence_builder(model.config, tokenizer), pack_length=self.pack_length)
 
     def parts(self, model: nn.Module) -> Mapping[str, nn.Module]:
         """See `Kit`."""

@@ -23,18 +23,24 @@ def tiny(name: str, data: Sequence[Folder], out: Folder) -> RunConfig:
         "image": 2,
         "image.slices": 4,
         "paired": 8,
+        "paired.interleaved": 3,
+        "paired.slices": 4,
         "instruct.reconstruct": 2,
         "instruct.segment": 2,
         "instruct.text": 6,
+        "instruct.study": 3,
     }
     # Volumes cost four times what slices cost; masks and images need more steps than words.
     weights: dict[str, float] = {
         "image": 0.3,
         "image.slices": 0.7,
         "paired": 1.0,
+        "paired.interleaved": 0.0,
+        "paired.slices": 0.0,
         "instruct.reconstruct": 0.34,
         "instruct.segment": 0.51,
         "instruct.text": 0.15,
+        "instruct.study": 0.0,
     }
     common: dict[str, Any] = {"rows_per_step": rows, "weights": weights, "log_every": 10, "checkpoint_every": 100}
     return RunConfig(
@@ -106,9 +112,12 @@ def _large(
         "image": 8 * workers,
         "image.slices": 8 * workers,
         "paired": 16 * workers,
+        "paired.interleaved": 4 * workers,
+        "paired.slices": 4 * workers,
         "instruct.reconstruct": 4 * workers,
         "instruct.segment": 4 * workers,
         "instruct.text": 8 * workers,
+        "instruct.study": 4 * workers,
     }
     common: dict[str, Any] = {"rows_per_step": rows, "log_every": 20, "checkpoint_every": 1000}
     return RunConfig(

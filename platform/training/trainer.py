@@ -190,9 +190,13 @@ def default_kit(run: RunConfig) -> Kit:
     from omnimri.platform.training.omnimri_kit import OmniMRIKit
 
     return OmniMRIKit(
-        licences=run.licences, hold_out=run.hold_out, exclude_flags=run.exclude_flags,
+        licences=run.licences,
+        hold_out=run.hold_out,
+        exclude_flags=run.exclude_flags,
         exclude_generated=run.exclude_generated,
-    )  # fmt: skip
+        tokenizer=run.tokenizer,
+        pack_length=run.pack_length,
+    )
 
 
 def make_job(
@@ -244,7 +248,7 @@ def starting_folder(stage: str, run: RunConfig, init: Path | None) -> Path | Non
 
 
 def find_tokenizer(run: RunConfig, kit: Kit, start: Path | None) -> Path:
-    """The tokenizer of the model to start from, or the run's own, trained now if there is none yet."""
+    """The tokenizer of the model to start from, or the run's own, made now if there is none yet."""
     if start is not None and (start / "tokenizer").is_dir():
         return start / "tokenizer"
     folder = Path(run.out).absolute() / "tokenizer"

@@ -66,7 +66,10 @@ def descriptions(corpus: Path) -> dict[str, tuple[dict[str, str], dict[str, str]
     """Row id to the filled fields and their origins, as training reads them."""
     rows = {ref.row_id: load_row(ref, ("description", "description_origin")) for ref in Shards.open(corpus).rows}
     return {
-        row_id: (dict(Description.model_validate_json(row["description"]).filled()), json.loads(row["description_origin"]))
+        row_id: (
+            dict(Description.model_validate_json(row["description"]).filled()),
+            json.loads(row["description_origin"]),
+        )
         for row_id, row in rows.items()
     }
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import pytest
 
 from omnimri.platform.overrides import apply_overrides, flatten, known_keys
+from omnimri.platform.training.recipes import recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,3 +121,12 @@ def test_every_value_can_be_set_to_what_it_is() -> None:
     values = flatten(RUN)
     assert set(values) <= set(known_keys(RUN))
     assert apply_overrides(RUN, [f"{key}={as_written(value)}" for key, value in values.items()]) == RUN
+
+
+def test_an_entry_may_be_named_as_if_it_lay_inside_another() -> None:
+    """Sources are named so: `paired` and `paired.interleaved` are two entries of one mapping."""
+    run = recipe("tiny", "x", ["data"], "out")
+    weights = "train.multimodal.weights"
+    changed = apply_overrides(run, [f"{weights}.paired=0", f"{weights}.paired.interleaved=0.5"])
+    before, after = run.train.multimodal.weights, changed.train.multimodal.weights
+    assert after == before | {"paired": 0.0, "paired.interleaved": 0.5}
