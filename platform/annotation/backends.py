@@ -1,9 +1,8 @@
-"""Three ways to have questions answered, each a step of a Ray Data pipeline: vLLM, an OpenAI-compatible server, or
-transformers with xgrammar.
+"""Three ways to have questions answered: vLLM, an OpenAI-compatible server, or transformers with xgrammar.
 
-Every way takes rows with `row_id`, `row`, `prompt`, `pictures`, `schema`, `seed`, `temperature` and `error`, and gives
-those of `KEPT_COLUMNS` back with `text`, `prompt_tokens` and `answer_tokens`, or with `error` where the volume could not
-be asked; the order may change.
+Each is a step of a Ray Data pipeline. It takes rows with `row_id`, `row`, `prompt`, `pictures`, `schema`, `seed`,
+`temperature` and `error`, and gives those of `KEPT_COLUMNS` back with `text`, `prompt_tokens` and `answer_tokens`, or
+with `error` where the volume could not be asked; the order may change.
 """
 
 from __future__ import annotations
