@@ -87,7 +87,7 @@ def _said(phrase: str) -> Iterator[tuple[str, Certainty]]:
     text = one_line(re.sub("[\u2010-\u2015\u2212]", "-", phrase))
     text = re.sub(words.NOT_SHOWN, "is not seen", text, flags=re.IGNORECASE)
     text = re.sub(words.NOTHING, " is absent", text, flags=re.IGNORECASE)
-    text = re.sub(r"(?<=[a-z]{3})\.\s+(?=[a-z])", "; ", text)
+    text = re.sub(r"(?<=[a-z]{2})(?<!\bvs)(?<!\bcf)(?<!\bdr)\.\s+(?=[a-z])", "; ", text)
     for sentence in sentences(text):
         for statement in statements(_cut(sentence)):
             yield statement.text, statement.certainty
