@@ -87,7 +87,7 @@ def _said(phrase: str) -> Iterator[tuple[str, Certainty]]:
     text = one_line(re.sub("[\u2010-\u2015\u2212]", "-", phrase))
     text = re.sub(words.NOT_SHOWN, "is not seen", text, flags=re.IGNORECASE)
     text = re.sub(words.NOTHING, " is absent", text, flags=re.IGNORECASE)
-    text = re.sub(r"(?<=[a-z]{3})\.\s+(?=[a-z])", "; ", text)
+    text = re.sub(r"(?<=[a-z]{2})(?<!\bvs)(?<!\bcf)(?<!\bdr)\.\s+(?=[a-z])", "; ", text)
     for sentence in sentences(text):
         for statement in statements(_cut(sentence)):
             yield statement.text, statement.certainty
@@ -102,13 +102,16 @@ def _cut(sentence: str) -> str:
     That is behind a negation, which does not reach on, and before a heading.
     """
     parts: list[str] = []
-    start = 0
+    start = last = 0
+    is_doubtful = False
     for joint in _JOINT.finditer(sentence):
         before, after = sentence[start : joint.start()], sentence[joint.end() :]
-        item = _JOINT.split(after)[0]
-        if ":" in item or ((_has_doubt(before) or _has_doubt(item)) and not _goes_on(before, after)):
+        item = _JOINT.split(after, maxsplit=1)[0]
+        is_doubtful = is_doubtful or _has_doubt(sentence[last : joint.start()])
+        last = joint.end()
+        if ":" in item or ((is_doubtful or _has_doubt(item)) and not _goes_on(before, after)):
             parts.append(before)
-            start = joint.end()
+            start, is_doubtful = last, False
     return "; ".join([*parts, sentence[start:]])
 
 
