@@ -2,6 +2,7 @@ r"""Measure speed and coverage on this machine, beside what people use otherwise
 
   omnimri benchmark ingest [SRC...]       read files: ingest, a plain pydicom/nibabel loop, MONAI
   omnimri benchmark sequences [FILE]      sequence rules on a Parquet table of DICOM headers
+  omnimri benchmark annotate DIR --model M    an ingested corpus: vLLM, and transformers with xgrammar
 
 Prints one line per number with the machine and the date, and writes all of them to --out. Without SRC, the built-in
 corpus is made first (--patients). Without FILE, the index of the package idc-index-data is read.
@@ -9,6 +10,8 @@ corpus is made first (--patients). Without FILE, the index of the package idc-in
 Examples:
   omnimri benchmark ingest runs/demo/corpus --out ingest.json
   omnimri benchmark sequences --out sequences.json
+  omnimri benchmark annotate shards --model Qwen/Qwen2.5-VL-7B-Instruct --limit 200
+  omnimri benchmark annotate shards --model tiny-vl --set pictures.slices=1 --set dtype=float32
 """
 
 from __future__ import annotations
@@ -23,19 +26,28 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from omnimri.jobs.command import job_parser, run_job
+from omnimri.platform.annotation.config import AnnotateConfig, Backend
+from omnimri.platform.benchmark.annotate import benchmark_annotate
 from omnimri.platform.benchmark.ingest import benchmark_ingest
 from omnimri.platform.benchmark.sequences import benchmark_sequences, default_headers
 from omnimri.platform.cluster import ensure_ray
 from omnimri.platform.corpus.corpus import CorpusConfig, write_corpus
+from omnimri.platform.overrides import apply_overrides
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the job; returns the exit status."""
     parser = job_parser("benchmark", __doc__)
-    parser.add_argument("what", choices=["ingest", "sequences"], help="what to measure")
+    parser.add_argument("what", choices=["ingest", "sequences", "annotate"], help="what to measure")
     parser.add_argument("sources", nargs="*", type=Path, metavar="SRC", help="files to read")
     parser.add_argument("--patients", type=int, default=24, metavar="N", help="of the built-in corpus (default: 24)")
     parser.add_argument("--repeats", type=int, default=1, metavar="N", help="the fastest of N counts (default: 1)")
+    parser.add_argument("--model", metavar="M", help="of annotate: name or local folder")
+    parser.add_argument("--limit", type=int, metavar="N", help="of annotate: only the first N volumes")
+    parser.add_argument(
+        "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE",
+        help="of annotate: any field of AnnotateConfig",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="FILE", help="JSON file for every number")
     args = parser.parse_args(argv)
     return run_job("benchmark", lambda: _run(args))
@@ -43,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> None:
     measured = {"benchmark": args.what, "machine": machine(), "date": datetime.date.today().isoformat()}
-    measured |= _ingest(args) if args.what == "ingest" else _sequences(args)
+    measured |= {"ingest": _ingest, "sequences": _sequences, "annotate": _annotate}[args.what](args)
     print("\n".join(_lines(measured)))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -61,6 +73,15 @@ def _sequences(args: argparse.Namespace) -> dict[str, Any]:
     if len(args.sources) > 1:
         raise ValueError(f"benchmark sequences takes one table of headers, found {len(args.sources)}.")
     return benchmark_sequences(args.sources[0] if args.sources else default_headers())
+
+
+def _annotate(args: argparse.Namespace) -> dict[str, Any]:
+    if len(args.sources) != 1 or not args.model:
+        raise ValueError("benchmark annotate takes one ingested corpus and --model.")
+    backends: tuple[Backend, ...] = ("vllm", "transformers")
+    configs = [apply_overrides(AnnotateConfig(backend=name, model=args.model), args.overrides) for name in backends]
+    with ensure_ray():
+        return benchmark_annotate(args.sources[0], configs, limit=args.limit)
 
 
 def machine() -> str:

