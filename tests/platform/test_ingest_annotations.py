@@ -51,6 +51,11 @@ def test_absent_and_empty_annotations_are_told_apart() -> None:
         ({"boxes": {"label": "x"}}, "`boxes` holds dict, expected list"),
         ({"classes": "normal"}, "`classes` holds str, expected list"),
         ({"report": 5}, "`report` holds int, expected str"),
+        ({"description": {"diagnosis": {}}}, "`description` has unknown keys"),
+        (
+            {"description": {"diagnostic_impression": {"suggestive_of": ["Jane Doe"]}}},
+            "`description` has unknown keys or values that are no strings in diagnostic_impression",
+        ),
     ],
 )
 def test_wrong_entries_say_which_key(entry: dict[str, Any], message: str) -> None:

@@ -24,6 +24,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+from pydantic import ValidationError
 
 from omnimri.models.scan import Scan
 from omnimri.platform.data.formats import matlab
@@ -32,6 +33,7 @@ from omnimri.platform.data.formats.nifti import NIFTI_ERRORS
 from omnimri.platform.data.formats.records import ReadError, ReadLimits, quiet_libraries
 from omnimri.platform.data.formats.sources import Archive, Folder
 from omnimri.platform.data.formats.volumes import detached, kind_of, load, load_array
+from omnimri.platform.language.description import Description
 
 _GRID_TOLERANCE = 0.1
 """Voxels by which a label map's grid may be displaced; headers round."""
@@ -176,6 +178,7 @@ def _annotation(folder: str, entry: dict[str, Any], patient: dict[str, Any]) -> 
     for key, kind in (("report", str), ("description", dict), ("description_origin", dict)):
         if optional[key] is not None:
             _expect(optional[key], kind, key)
+    optional["description"] = _description(optional["description"])
     names = _expect(entry.get("label_names", {}), dict, "label_names")
     return Annotation(
         participant_id=str(patient.get("participant_id") or ""),
@@ -186,6 +189,18 @@ def _annotation(folder: str, entry: dict[str, Any], patient: dict[str, Any]) -> 
         classes=classes,
         **optional,
     )
+
+
+def _description(given: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A description with all keys of the template; one that says nothing counts as none."""
+    try:
+        description = Description.model_validate(given or {})
+    except ValidationError as error:
+        # The library quotes the values, which may be anyone's words.
+        levels = {str(entry["loc"][0]) for entry in error.errors(include_input=False)} & set(Description.model_fields)
+        where = f" in {', '.join(sorted(levels))}" if levels else ""
+        raise ValueError(f"`description` has unknown keys or values that are no strings{where}") from None
+    return description.model_dump() if any(description.filled()) else None
 
 
 def _expect(value: Any, kind: type, key: str) -> Any:
