@@ -76,28 +76,31 @@ def annotate(
     check_backend(config)
     out = layer_folder(corpus)
     restore(out)
-    rows = Shards.open(corpus).without_generated().rows[:limit]
+    rows = Shards.open(corpus).without_generated().rows
     former = _former(corpus, config, overwrite=overwrite)
     with open_draft(out, request_of(config)) as draft:
-        known = {row.row_id for row in rows}
-        lines = {**former.lines, **draft.lines()}
-        pending = [row for row in rows if "fields" not in lines.get(row.row_id, {})]
-        if not pending and former.manifest is not None:
+        pending = _pending(rows[:limit], {**former.lines, **draft.lines()})
+        if not pending and not draft.lines() and former.manifest is not None:
             draft.discard()
             return AnnotationSummary(out=out, tables=former.manifest["summary"], num_added=0)
         rate = _ask_until_answered(pending, draft, config) or former.rate
-        lines = {key: line for key, line in {**former.lines, **draft.lines()}.items() if key in known}
+        lines = {**former.lines, **draft.lines()}
         annotated = [lines[row.row_id] for row in rows if "fields" in lines.get(row.row_id, {})]
         rejected = [lines[row.row_id] for row in rows if "rejected" in lines.get(row.row_id, {})]
         if not annotated:
-            reasons = Counter(line["rejected"] for line in rejected).most_common(1)
-            raise ValueError(f"No volume of {corpus} could be annotated: {len(rejected)} rejected; {reasons[0][0]}")
+            reasons = [reason for reason, _ in Counter(line["rejected"] for line in rejected).most_common(1)]
+            raise ValueError("; ".join([f"No volume of {corpus} was annotated: {len(rejected)} rejected", *reasons]))
         _write_rejects(draft.folder, rejected)
         manifest = _write_layer(draft.folder, annotated, rejected, former.verdicts, rate, corpus, config)
         _write_sheet(draft.folder, rows, annotated, manifest["digest"], config)
         draft.clear()
         put_in_place(draft.folder, out)
     return AnnotationSummary(out=out, tables=manifest["summary"], num_added=len(pending))
+
+
+def _pending(rows: Sequence[RowRef], lines: Mapping[str, Mapping[str, Any]]) -> list[RowRef]:
+    """Rows without a valid answer."""
+    return [row for row in rows if "fields" not in lines.get(row.row_id, {})]
 
 
 def request_of(config: AnnotateConfig) -> str:
@@ -340,7 +343,7 @@ def _write_sheet(
     for line in sample:
         row = load_row(by_id[line["row_id"]], ("image", "affine", *FACTS))
         question = ask.question_about(row, config.pictures)
-        facts = {name: str(row[name]) for name in _SHOWN_FACTS if row[name] is not None}
+        facts = {name.replace("_", " "): str(row[name]) for name in _SHOWN_FACTS if row[name] is not None}
         found = [Contradiction(**one) for one in line["contradictions"]]
         items.append(
             ReviewItem(
@@ -348,7 +351,7 @@ def _write_sheet(
                 contradictions=found,
             )
         )  # fmt: skip
-    write_review(folder / REVIEW_NAME, items, digest=digest, title=f"{config.model}: {len(items)} of {len(annotated)}")
+    write_review(folder / REVIEW_NAME, items, digest=digest, title=f"Descriptions by {config.model}")
 
 
 _SHOWN_FACTS = ("body_part", "contrast", "contrast_agent", "plane", "acquisition_type", "field_strength_t", "vendor")
@@ -399,14 +402,12 @@ def estimate(
     rows = Shards.open(corpus).without_generated().rows[:limit]
     former = _former(corpus, config, overwrite=overwrite)
     with open_draft(layer_folder(corpus), request_of(config)) as draft:
-        lines = {**former.lines, **draft.lines()}
-        pending = [row for row in rows if "fields" not in lines.get(row.row_id, {})]
         rate = former.rate
-        if probe and pending:
+        if probe and (pending := _pending(rows, {**former.lines, **draft.lines()})):
             check_backend(config)
             rate = _ask_until_answered(pending[:probe], draft, config)
-            lines = {**lines, **draft.lines()}
-            pending = [row for row in rows if "fields" not in lines.get(row.row_id, {})]
+        lines = {**former.lines, **draft.lines()}
+        pending = _pending(rows, lines)
         if not draft.lines():
             draft.discard()
     measured = [line for line in lines.values() if "fields" in line]

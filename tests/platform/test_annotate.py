@@ -176,6 +176,15 @@ def test_the_layer_of_another_model_is_replaced_only_on_request(corpus: Path) ->
 
 
 @pytest.mark.usefixtures("ray_cluster")
+def test_a_limit_bounds_what_is_asked_and_not_what_is_kept(corpus: Path) -> None:
+    with chat_server(always(true_answer())) as (url, requests):
+        assert annotate(corpus, asking(url), limit=5).tables["annotated"] == 5
+        assert annotate(corpus, asking(url), limit=8).num_added == 3
+        assert annotate(corpus, asking(url), limit=2).tables["annotated"] == 8
+    assert len(requests) == 8
+
+
+@pytest.mark.usefixtures("ray_cluster")
 def test_training_may_leave_generated_fields_out(corpus: Path) -> None:
     assert expand_overrides(["data.exclude_generated=true"], []) == ["exclude_generated=true"]
     with chat_server(always(true_answer())) as (url, _):
