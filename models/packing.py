@@ -16,13 +16,15 @@ from omnimri.models.prompts import IGNORED, TokenSequence
 
 
 def pack(lengths: Sequence[int], pack_length: int) -> list[list[int]]:
-    """Which sequences share a row of at most `pack_length` tokens: the longest first, each where it first fits.
+    """Which sequences share a row of at most `pack_length` tokens; one that is longer stands alone.
 
-    A sequence that is longer stands alone. Equal lengths give equal rows, whoever asks.
+    As few rows as first fit needs, evenly filled where that is possible, since all are padded to the longest. Equal
+    lengths give equal rows, whoever asks.
     """
+    longest_first = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     rows: list[list[int]] = []
     free: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+    for index in longest_first:
         row = next((r for r, space in enumerate(free) if lengths[index] <= space), None)
         if row is None:
             rows.append([index])
@@ -30,6 +32,19 @@ def pack(lengths: Sequence[int], pack_length: int) -> list[list[int]]:
         else:
             rows[row].append(index)
             free[row] -= lengths[index]
+    even = _spread(lengths, longest_first, len(rows))
+    longest = max((sum(lengths[i] for i in row) for row in even), default=0)
+    return even if longest <= pack_length else rows
+
+
+def _spread(lengths: Sequence[int], order: Sequence[int], num_rows: int) -> list[list[int]]:
+    """Each sequence to the row that is shortest by then."""
+    rows: list[list[int]] = [[] for _ in range(num_rows)]
+    tokens = [0] * num_rows
+    for index in order:
+        row = tokens.index(min(tokens))
+        rows[row].append(index)
+        tokens[row] += lengths[index]
     return rows
 
 
