@@ -54,7 +54,7 @@ INSTRUCTIONS: dict[str, tuple[str, ...]] = {
 }
 """The plain phrasings of the five tasks of the paper's Table 1."""
 
-FIRST_SHARE = 0.5
+FIRST_SHARE = 0.8
 """Chance of the first phrasing of a task, which is what is asked by default; the others share the rest."""
 
 

@@ -46,7 +46,7 @@ _SYNONYMS = {
 
 
 def instruction_for(task: str, *, structure: str | None = None, rng: np.random.Generator | None = None) -> str:
-    """An instruction of that task: the first phrasing, or a random one, which is the first one half of the time.
+    """An instruction of that task: the first phrasing, or a random one, which is the first one mostly.
 
     Raises:
         ValueError: If the task is unknown, or is `segment` without a structure.

@@ -173,7 +173,7 @@ def text_sample(row: Row, rng: np.random.Generator, options: ViewOptions) -> Sam
     return _volume_fields(row, options) | {
         "task": pair.task,
         "instruction": pair.instruction,
-        "facts": drawn_context(evidence, rng, hides=pair.hides),
+        "facts": drawn_context(evidence, rng, is_text=True, hides=pair.hides),
         "answer": pair.answer,
     }
 
@@ -206,7 +206,7 @@ def reconstruction_sample(row: Row, rng: np.random.Generator, options: ViewOptio
     return _volume_fields(row, options, scan) | arrays | {
         "task": "reconstruct",
         "instruction": reconstruct_pair(rng).instruction,
-        "facts": drawn_context(Evidence.of_row(row), rng, acceleration=acceleration),
+        "facts": drawn_context(Evidence.of_row(row), rng, is_text=False, acceleration=acceleration),
     }  # fmt: skip
 
 
@@ -264,7 +264,7 @@ def segmentation_sample(row: Row, rng: np.random.Generator, options: ViewOptions
     return _volume_fields(row, options) | {
         "task": "segment",
         "instruction": [segment_pair(name, rng).instruction for name in structures],
-        "facts": drawn_context(Evidence.of_row(row), rng),
+        "facts": drawn_context(Evidence.of_row(row), rng, is_text=False),
         "slices": _to_slice_grid(source.slices[chosen], options).numpy(),
         "slice_target": torch.stack(
             [_to_slice_grid(masks[name][chosen], options) for name in structures], dim=1

@@ -134,15 +134,20 @@ def segmentable(label_names: Mapping[int, str]) -> list[str]:
 
 
 def drawn_context(
-    evidence: Evidence, rng: np.random.Generator, *, hides: tuple[str, ...] = (), acceleration: int | None = None
+    evidence: Evidence,
+    rng: np.random.Generator,
+    *,
+    is_text: bool,
+    hides: tuple[str, ...] = (),
+    acceleration: int | None = None,
 ) -> dict[str, str | int]:
-    """What the prompt carries besides the instruction, each part left out now and then."""
+    """What the prompt carries besides the instruction, each part left out now and then; images have no history."""
     facts = evidence.known.facts
     known: dict[str, str | int | None] = {
         "plane": facts.get("plane"), "contrast": facts.get("contrast"), "acceleration": acceleration,
         "history": evidence.history,
     }  # fmt: skip
-    shares = {"acceleration": _ACCELERATION_SHARE, "history": _HISTORY_SHARE}
+    shares = {"acceleration": _ACCELERATION_SHARE, "history": _HISTORY_SHARE if is_text else 0.0}
     kept = {name: rng.random() < shares.get(name, _FACT_SHARE) for name in known}
     return {name: value for name, value in known.items() if value and kept[name] and name not in hides}
 

@@ -20,6 +20,7 @@ import ray
 
 from omnimri.models.config import preset
 from omnimri.models.preprocess import Preprocess
+from omnimri.models.vocabulary import IMAGE_TASKS
 from omnimri.platform.cluster import quiet_ray_data
 from omnimri.platform.data.shards import RowRef, Shards, load_row
 from omnimri.platform.language.evidence import Evidence
@@ -159,7 +160,9 @@ def _row_lines(ref: RowRef, config: InstructConfig) -> Iterator[dict[str, Any]]:
         yield {
             "row_id": ref.row_id, "dataset": ref.dataset, "split": ref.split, "anatomy": ref.body_part or "unknown",
             "task": pair.task, "kind": pair.kind, "topic": pair.topic, "instruction": pair.instruction,
-            "context": drawn_context(evidence, rng, hides=pair.hides, acceleration=acceleration),
+            "context": drawn_context(
+                evidence, rng, is_text=pair.task not in IMAGE_TASKS, hides=pair.hides, acceleration=acceleration
+            ),
             "answer": pair.answer, "verdict": pair.verdict, "labels": dict(pair.labels),
         }  # fmt: skip
 

@@ -337,14 +337,19 @@ def test_facts_are_asked_for_without_being_told() -> None:
     for question in questions(evidence):
         if question.name not in ("contrast", "plane"):
             continue
-        contexts = [drawn_context(evidence, np.random.default_rng(s), hides=question.topic.hides) for s in range(9)]
+        contexts = [
+            drawn_context(evidence, np.random.default_rng(s), is_text=True, hides=question.topic.hides)
+            for s in range(9)
+        ]
         assert not any(question.name in context for context in contexts)
         assert "T2-weighted" not in (*question.options, question.slots.get("contrast"))  # FLAIR is T2-weighted
         if question.kind == "yes-no":
             told = question.slots[question.name]
             assert (question.verdict == "yes") == (told in ("FLAIR", "coronal"))
-    told = [drawn_context(evidence, np.random.default_rng(s), acceleration=4) for s in range(60)]
+    told = [drawn_context(evidence, np.random.default_rng(s), is_text=True, acceleration=4) for s in range(60)]
     assert {key for context in told for key in context} == {"contrast", "plane", "acceleration", "history"}
+    images = [drawn_context(evidence, np.random.default_rng(s), is_text=False) for s in range(60)]
+    assert {key for context in images for key in context} == {"contrast", "plane"}
     assert next(c["history"] for c in told if "history" in c) == "58-year-old woman."
 
 
