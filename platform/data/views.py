@@ -183,8 +183,13 @@ def study_sample(study: Sequence[LoadRow], rng: np.random.Generator, options: Vi
     asked, *others = _drawn_rows(study, options.volumes_per_sequence, rng)
     sample = text_sample(asked, rng, options)
     shown = [{name: sample[name] for name in _VOLUME_FIELDS}, *(_volume_fields(row, options) for row in others)]
-    facts = [sample["facts"], *(drawn_context(Evidence.of_row(row), rng, hides=_SAID_ONCE) for row in others)]
+    facts = [sample["facts"], *(_contrast_alone(row, rng) for row in others)]
     return sample | _stacked(shown) | {"facts": facts}
+
+
+def _contrast_alone(row: Row, rng: np.random.Generator) -> dict[str, str | int]:
+    """Context of a volume that is not asked about: more could give an answer away."""
+    return drawn_context(Evidence.of_row(row), rng, is_text=False, hides=("plane",))
 
 
 def reconstruction_sample(row: Row, rng: np.random.Generator, options: ViewOptions) -> Sample:
@@ -302,8 +307,6 @@ def description_text(description: str | None) -> str:
 
 
 _VOLUME_FIELDS = ("volume", "spacing_mm", "contrast")
-_SAID_ONCE = ("plane", "history")
-"""Said of the volume that is asked about; of the others only the contrast, or they would give an answer away."""
 
 
 def _volume_fields(row: Row, options: ViewOptions, scan: Scan | None = None) -> Sample:
