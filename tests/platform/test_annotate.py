@@ -414,21 +414,22 @@ def openai_server(arguments: list[str]) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--port", str(port), *arguments]
+    options: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
-    server = subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    assert server.stderr is not None
-    log = []
-    try:
-        for line in server.stderr:
-            log.append(line)
-            if "Application startup complete" in line:
-                break
-        else:
-            raise AssertionError("".join(log[-40:]))
-        threading.Thread(target=server.stderr.read, daemon=True).start()  # or it would wait for a reader
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait(timeout=60)
+    with subprocess.Popen(command, env=environment, start_new_session=True, **options) as server:
+        assert server.stderr is not None
+        rest = threading.Thread(target=server.stderr.read, daemon=True)
+        try:
+            log = []
+            for line in server.stderr:
+                log.append(line)
+                if "Application startup complete" in line:
+                    break
+            else:
+                raise AssertionError("".join(log[-40:]))
+            rest.start()  # or the server would wait for a reader
+            yield f"http://127.0.0.1:{port}/v1"
+        finally:
+            os.killpg(server.pid, signal.SIGTERM)
+            if rest.ident is not None:
+                rest.join()
