@@ -401,13 +401,20 @@ def _signal(text: str, truth: _Truth) -> Iterator[Wrong]:
 
 
 def _measured_signals(kinds: set[str], item: str, truth: _Truth) -> Iterator[tuple[str, str]]:
-    """Names and signals of what an item speaks of: lesions, else fluid of the brain, the brightest or darkest in it."""
+    """Names and signals of what an item speaks of: lesions, else fluid of the brain, else grey beside white matter."""
     lesions = truth.of_kind(kinds) if kinds else []
     if lesions and all(found.signal == lesions[0].signal for found in lesions):
         yield lesions[0].name, lesions[0].signal
-    fluid, reference = TISSUES[0], TISSUES[2]
-    if truth.volume and not kinds and fluid in item:
-        yield from truth.volume.signals(reference, [fluid]).items()
+    if truth.volume is None or kinds:
+        return
+    fluid, grey, white = TISSUES
+    if fluid in item:
+        yield from truth.volume.signals(white, [fluid]).items()
+    first = {name: item.find(words.plain_spelling(name)) for name in (grey, white)}
+    signal = truth.volume.signals(white, [grey]).get(grey, "") if min(first.values()) >= 0 else ""
+    if signal:
+        subject = min(first, key=lambda name: first[name])
+        yield subject, signal if subject == grey else _OPPOSITE.get(signal, signal)
 
 
 _CHECKS: tuple[Callable[[str, _Truth], Iterator[Wrong]], ...] = (

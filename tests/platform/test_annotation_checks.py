@@ -454,3 +454,19 @@ def test_the_tables_agree_with_those_of_the_project() -> None:
 def test_plurals(noun: str, plurals: str) -> None:
     for form in (noun, *plurals.split()):
         assert re.fullmatch(any_number(noun), form)
+
+
+@pytest.mark.parametrize(("grey", "signal"), [(60, "hypointense"), (150, "hyperintense")])
+def test_grey_beside_white_matter_is_compared_either_way_round(grey: int, signal: str) -> None:
+    labels = np.zeros((4, 16, 16), np.uint8)
+    labels[:, :8], labels[:, 8:] = 1, 2
+    known = replace(knowing(labels=labels, names={1: "grey matter", 2: "white matter"}),
+                    image=np.where(labels == 1, grey, 100).astype(np.float32))  # fmt: skip
+    opposite = {"hypointense": "hyperintense", "hyperintense": "hypointense"}[signal]
+    for true, false in (
+        (f"grey matter {signal} to white matter", f"gray matter is {opposite} relative to white matter"),
+        (f"white matter is {opposite} to gray matter", f"white matter {signal} compared with grey matter"),
+    ):
+        assert found(true, known, NORMAL_SIGNAL) == []
+        assert found(false, known, NORMAL_SIGNAL) == ["signal"]
+    assert found("grey matter isointense to white matter", known, NORMAL_SIGNAL) == []
