@@ -174,6 +174,9 @@ class RunConfig:
     in the log and in the model's card."""
     exclude_generated: bool = False
     """Train without what a model wrote about the volumes (`omnimri annotate`), to compare with and without."""
+    view: dict[str, Any] = field(default_factory=dict)
+    """How samples are drawn from rows: fields of `omnimri.platform.data.views.ViewOptions` that differ from their
+    defaults, for example `{"question_share": 0.0, "volumes_per_sequence": 2}`."""
     tokenizer: str | None = None
     """Local folder of a Qwen2.5 checkpoint whose tokenizer a new model takes, with our special tokens in rows of the
     vocabulary that it leaves free; None trains a byte-level BPE on the texts of the training volumes."""
@@ -211,6 +214,7 @@ class RunConfig:
             "train": {k: v for k, v in _plain(asdict(self.stage(stage))).items() if k not in _OPERATIONAL},
             "precision": self.zero.precision,
             "gradient_clipping": self.zero.gradient_clipping,
+            **({"view": _plain(self.view)} if self.view else {}),
         }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -107,10 +107,16 @@ class OmniMRIKit:
 
     def source_rows(self, source: str, data: Sequence[str], config: OmniMRIConfig, split: str) -> SourceRows:
         """See `Kit`."""
-        options = ViewOptions(preprocess=Preprocess(config.inputs), **self.view)
+        options = self._view_options(config)
         accepted = [ref for ref in self._rows(data).select(split=split).rows if SOURCES[source].accepts(ref)]
         rows = studies(accepted) if SOURCES[source].by_study else accepted
         return SourceRows(rows=rows, load=_Load(SOURCES[source].columns), make=_Make(source, options))
+
+    def _view_options(self, config: OmniMRIConfig) -> ViewOptions:
+        known = [field.name for field in fields(ViewOptions) if field.name != "preprocess"]
+        if unknown := sorted(set(self.view) - set(known)):
+            raise ValueError(f"view: unknown fields {', '.join(unknown)}; known: {', '.join(known)}.")
+        return ViewOptions(preprocess=Preprocess(config.inputs), **self.view)
 
     def _rows(self, data: Sequence[str]) -> Shards:
         return self._admitted(Shards.open(data))

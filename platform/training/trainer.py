@@ -194,6 +194,7 @@ def default_kit(run: RunConfig) -> Kit:
         hold_out=run.hold_out,
         exclude_flags=run.exclude_flags,
         exclude_generated=run.exclude_generated,
+        view=run.view,
         tokenizer=run.tokenizer,
         pack_length=run.pack_length,
     )

@@ -22,6 +22,7 @@ from omnimri.platform.overrides import apply_overrides
 from omnimri.platform.training.config import DEFAULT_EXCLUDED
 from omnimri.platform.training.omnimri_kit import OmniMRIKit
 from omnimri.platform.training.recipes import recipe
+from omnimri.platform.training.trainer import default_kit
 from tests.platform.shards_fakes import write_shards
 
 
@@ -136,3 +137,13 @@ def test_rows_made_in_two_ways_are_told_apart(tmp_path: Path, caplog: pytest.Log
     assert "different ways" not in caplog.text
     OmniMRIKit().data_digest(folders)
     assert f"different ways (preprocessing version: volumes): {{'{plain}': 12, '{compressed}': 12}}" in caplog.text
+
+
+def test_how_samples_are_drawn_is_set_by_name_and_changes_what_a_stage_computes(tmp_path: Path) -> None:
+    run = recipe("tiny", "run", [tmp_path], tmp_path)
+    changed = apply_overrides(run, ['view={"question_share": 0.5}'])
+    assert default_kit(changed)._view_options(changed.model).question_share == 0.5
+    assert changed.stage_settings("instruct") != run.stage_settings("instruct")
+    assert changed.stage_settings("vision")["train"] == run.stage_settings("vision")["train"]
+    with pytest.raises(ValueError, match=r"unknown fields questions; known: slices_per_sample"):
+        default_kit(apply_overrides(run, ['view={"questions": 0.5}']))._view_options(run.model)
