@@ -55,6 +55,7 @@ from omnimri.platform.annotation.annotate import (
 )
 from omnimri.platform.annotation.config import BACKENDS, DEFAULT_MODEL, AnnotateConfig
 from omnimri.platform.cluster import ensure_ray
+from omnimri.platform.data.generated import read_layer
 from omnimri.platform.overrides import apply_overrides
 
 
@@ -94,7 +95,7 @@ def _run(args: argparse.Namespace) -> int:
             return 0
         summary = annotate(args.corpus, config, limit=args.limit, overwrite=args.overwrite)
     if uri := args.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI"):
-        _log(uri, summary, config)
+        _log(uri, args.corpus, summary, config)
     print(_table(summary.tables))
     counts = summary.tables
     print(
@@ -117,11 +118,14 @@ def _shown(value: Any) -> str:
     return f"{value:,.3g}" if isinstance(value, float) else f"{value:,}"
 
 
-def _log(uri: str, summary: AnnotationSummary, config: AnnotateConfig) -> None:
+def _log(uri: str, corpus: Path, summary: AnnotationSummary, config: AnnotateConfig) -> None:
     # MLflow takes seconds to import, and most annotations do without it.
     from omnimri.platform.tracking import Tracker
 
-    with Tracker.start(uri, "annotate", params=config, tags={"job": "annotate"}) as tracker:
+    layer = read_layer(corpus) or {}
+    tags = {"job": "annotate", "model": layer["model"], "prompt_version": layer["prompt_version"]}
+    with Tracker.start(uri, "annotate", params=config, tags=tags) as tracker:
+        tracker.log_dataset(summary.out.name, layer["digest"], str(summary.out), "annotate")
         tracker.log_metrics({k: v for k, v in summary.tables.items() if not isinstance(v, dict)})
         kinds = summary.tables["contradictions"]
         tracker.log_metrics({f"contradicted.{kind}": count for kind, count in kinds.items()})

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from omnimri.jobs import annotate as job
 from omnimri.models.config import preset
 from omnimri.platform.annotation import ask
 from omnimri.platform.annotation.annotate import annotate, apply_verdicts, estimate
@@ -28,6 +29,7 @@ from omnimri.platform.annotation.terms import TERMS, terms_for
 from omnimri.platform.data.generated import layer_folder, read_layer
 from omnimri.platform.data.shards import Shards, load_row
 from omnimri.platform.language.description import Description
+from omnimri.platform.tracking import connect, experiment_id
 from omnimri.platform.training.config import expand_overrides
 from omnimri.platform.training.omnimri_kit import OmniMRIKit
 from tests.platform.annotation_fakes import (
@@ -212,6 +214,33 @@ def test_a_dry_run_counts_and_its_probe_is_not_asked_again(corpus: Path) -> None
         assert cost["hours"] == pytest.approx(8 / cost["volumes per second"] / 3600)
         annotate(corpus, asking(url))
     assert len(requests) == 12
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_the_job_prints_and_tracks_what_was_made(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    with chat_server(always(true_answer("brainstem", "hyperintense lesion"))) as (url, _):
+        options = ["--backend", "endpoint", "--endpoint", url, "--model", "m", "--tracking-uri", uri]
+        assert job.main([str(corpus), *options, "--set", "pictures.slices=1"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith(f"{layer_folder(corpus)}: 12 volumes annotated, 12 of them asked about now; 4 contradicted")
+    client = connect(uri)
+    [run] = client.search_runs([experiment_id(uri)])
+    assert run.data.metrics["contradicted.lesion"] == 4
+    assert run.data.metrics["usable"] == 8
+    assert run.data.params["sampling.seed"] == "0"
+    assert run.data.tags["prompt_version"] == ask.PROMPT_VERSION
+    names = [file.path for file in client.list_artifacts(run.info.run_id, "annotation")]
+    assert names == ["annotation/review.html", "annotation/summary.json"]
+
+
+def test_the_job_says_in_one_line_what_it_needs(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert job.main([str(corpus), "--backend", "endpoint"]) == 1
+    assert "--endpoint URL goes with --backend endpoint" in capsys.readouterr().err
+    assert job.main([str(corpus.parent), "--verdicts", "none.json"]) == 1
+    assert "is not annotated" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("ray_cluster")
