@@ -40,6 +40,7 @@ Examples:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -88,11 +89,12 @@ def _run(args: argparse.Namespace) -> int:
         return 0
     config = AnnotateConfig(backend=args.backend, model=args.model, endpoint=args.endpoint)
     config = apply_overrides(config, args.overrides)
-    with ensure_ray():
-        if args.dry_run:
+    if args.dry_run:
+        with ensure_ray() if args.probe else contextlib.nullcontext():
             cost = estimate(args.corpus, config, limit=args.limit, probe=args.probe, overwrite=args.overwrite)
-            print(_table(cost))
-            return 0
+        print(_table(cost))
+        return 0
+    with ensure_ray():
         summary = annotate(args.corpus, config, limit=args.limit, overwrite=args.overwrite)
     if uri := args.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI"):
         _log(uri, args.corpus, summary, config)
