@@ -17,6 +17,7 @@ from typing import Any
 
 import jsonschema
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
@@ -269,7 +270,7 @@ def test_a_killed_run_asks_for_nothing_twice(corpus: Path) -> None:
                 assert enough.wait(timeout=300)
                 wait_for_answers(corpus, 6)
             finally:
-                job.send_signal(signal.SIGKILL)
+                kill_with_children(job)
                 proceed.set()
         answered = {line["row_id"] for line in draft_lines(corpus)}
         assert 6 <= len(answered) < 12
@@ -404,12 +405,11 @@ def test_vllm_annotates_a_hundred_images_killed_half_way_and_goes_on(qwen2_vl: P
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     environment.pop("RAY_ADDRESS", None)
     with (tmp_path / "first.log").open("w") as log:
-        job = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        job = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         try:
             wait_for_answers(corpus, 30)
         finally:
-            os.killpg(job.pid, signal.SIGKILL)
-            job.wait()
+            kill_with_children(job)
     before = {line["row_id"]: line for line in draft_lines(corpus)}
     assert 30 <= len(before) < 100
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
@@ -420,6 +420,15 @@ def test_vllm_annotates_a_hundred_images_killed_half_way_and_goes_on(qwen2_vl: P
     for line in lines:
         Description.from_fields(line["fields"])
         assert line == before.get(line["row_id"], line)
+
+
+def kill_with_children(job: subprocess.Popen) -> None:
+    """Kill a job with the engines that it started, which have sessions of their own."""
+    processes = [psutil.Process(job.pid), *psutil.Process(job.pid).children(recursive=True)]
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    job.wait()
 
 
 @pytest.mark.slow
