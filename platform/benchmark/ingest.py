@@ -2,9 +2,9 @@
 
 The plain loop is what people write: group files by the series that their headers name, read with pydicom and nibabel,
 sort, stack, rescale, affine, and the same Parquet row with its quality and digests, voxels as the float32 that a
-script has in hand. It does not de-identify or look for duplicates, and refuses
-nothing. The MONAI loop is its documented way to load: LoadImage, Orientation, Spacing (here at the file's own
-spacing); it is told which files are a series, and writes nothing.
+script has in hand. It does not de-identify or look for duplicates, and refuses nothing. The MONAI loop is its
+documented way to load: LoadImage, Orientation, Spacing (here at the file's own spacing); it is told which files are a
+series, and writes nothing.
 """
 
 from __future__ import annotations

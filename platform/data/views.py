@@ -344,6 +344,11 @@ def _any_row(_: RowRef) -> bool:
     return True
 
 
+def _is_told_of(ref: RowRef) -> bool:
+    """Whether a report or a model tells of the volume; a header alone is told of many volumes in the same words."""
+    return ref.has_report or ref.generated is not None
+
+
 _FACTS = (
     "image", "affine", "contrast", "quantitative", "quantity", "quantity_unit", "plane", "body_part",
     "field_strength_t", "vendor", "study_id", "contrast_agent", "acquisition_type", "sex", "age_years",
@@ -355,20 +360,20 @@ SOURCES: dict[str, Source] = {
     "paired": Source(
         kind="paired",
         columns=(*_FACTS, "description", "report"),
-        accepts=lambda ref: ref.has_report,
+        accepts=_is_told_of,
         make=paired_sample,
     ),
     "paired.interleaved": Source(
         kind="paired",
         columns=(*_FACTS, "description", "report"),
-        accepts=lambda ref: ref.has_report,
+        accepts=_is_told_of,
         make=interleaved_sample,
         by_study=True,
     ),
     "paired.slices": Source(
         kind="paired",
         columns=(*_FACTS, "description", "report"),
-        accepts=lambda ref: ref.has_report,
+        accepts=_is_told_of,
         make=paired_slices_sample,
     ),
     "instruct.reconstruct": Source(

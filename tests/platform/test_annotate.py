@@ -25,6 +25,7 @@ from omnimri.jobs import annotate as job
 from omnimri.models.config import preset
 from omnimri.platform.annotation import ask
 from omnimri.platform.annotation.annotate import annotate, apply_verdicts, estimate
+from omnimri.platform.annotation.backends import check_backend
 from omnimri.platform.annotation.config import AnnotateConfig, PictureConfig, SamplingConfig
 from omnimri.platform.annotation.terms import TERMS, terms_for
 from omnimri.platform.data.generated import layer_folder, read_layer
@@ -205,6 +206,33 @@ def test_training_may_leave_generated_fields_out(corpus: Path) -> None:
 
 
 @pytest.mark.usefixtures("ray_cluster")
+def test_a_volume_without_a_report_is_paired_with_what_was_generated(corpus: Path) -> None:
+    manifest = json.loads((corpus / "manifest.json").read_text())
+    for entry in manifest["rows"]:
+        entry["has_report"] = False
+    (corpus / "manifest.json").write_text(json.dumps(manifest))
+    config, data = preset("tiny"), [str(corpus)]
+    assert not OmniMRIKit().source_rows("paired", data, config, "train").rows
+    with chat_server(always(true_answer())) as (url, _):
+        annotate(corpus, asking(url))
+    source = OmniMRIKit().source_rows("paired", data, config, "train")
+    assert len(source.rows) == 8
+    row = {**source.load(source.rows[0]), "report": None}
+    assert "brainstem" in source.make(row, np.random.default_rng(0))["text"]
+    assert not OmniMRIKit(exclude_generated=True).source_rows("paired", data, config, "train").rows
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_row_that_cannot_be_read_is_recorded_and_the_others_go_on(corpus: Path) -> None:
+    (corpus / "shards" / "part-1-2.parquet").write_bytes(b"no table")
+    with chat_server(always(true_answer())) as (url, _):
+        summary = annotate(corpus, asking(url))
+    assert (summary.tables["annotated"], summary.tables["rejected"]) == (11, 1)
+    [reject] = map(json.loads, (layer_folder(corpus) / "rejects.jsonl").read_text().splitlines())
+    assert (reject["row_id"], reject["reason"]) == ("row-1-2", "The row cannot be read (ArrowInvalid).")
+
+
+@pytest.mark.usefixtures("ray_cluster")
 def test_a_dry_run_counts_and_its_probe_is_not_asked_again(corpus: Path) -> None:
     with chat_server(always(true_answer())) as (url, requests):
         cost = estimate(corpus, asking(url))
@@ -242,6 +270,9 @@ def test_the_job_says_in_one_line_what_it_needs(corpus: Path, capsys: pytest.Cap
     assert "--endpoint URL goes with --backend endpoint" in capsys.readouterr().err
     assert job.main([str(corpus.parent), "--verdicts", "none.json"]) == 1
     assert "is not annotated" in capsys.readouterr().err
+    pytest.importorskip("xgrammar", reason="xgrammar is not installed (extra annotate)")
+    with pytest.raises(ValueError, match=r"--model /none: expected a local folder"):
+        check_backend(AnnotateConfig(backend="transformers", model="/none"))
 
 
 @pytest.mark.usefixtures("ray_cluster")
