@@ -25,6 +25,8 @@ class Box:
     side: str | None
     box_voxel: tuple[int, ...]
     """Half-open `[z1, y1, x1, z2, y2, x2]`."""
+    score: float | None = None
+    """How sure it is, in [0, 1]; None where nothing says."""
 
 
 class BoxCoder:

@@ -144,6 +144,35 @@ def match_boxes(
     return DetectionMatch(tuple(pairs), num_reference, num_predicted)
 
 
+def sensitivity_at(
+    scores: np.ndarray, hits: np.ndarray, num_reference: np.ndarray, *, false_positives: float
+) -> float:
+    """The point of a free-response ROC curve at a number of false positives per volume, all volumes pooled.
+
+    The highest sensitivity over the thresholds on the score that stay within that number; between them nothing is
+    interpolated.
+
+    Args:
+        scores: `(N, P)` of the boxes of N volumes; negative where there is no box.
+        hits: `(N, P)`, one where the box found a reference box.
+        num_reference: `(N,)` reference boxes.
+        false_positives: Per volume, the mean that is allowed.
+
+    Returns:
+        Share of reference boxes found, zero where no threshold stays within; NaN without a reference box.
+    """
+    total = float(np.sum(num_reference))
+    if total == 0:
+        return float("nan")
+    scores, hits = np.asarray(scores, dtype=float), np.asarray(hits, dtype=bool)
+    there = scores >= 0
+    order = np.argsort(-scores[there], kind="stable")
+    ranked, found = scores[there][order], hits[there][order]
+    is_threshold = np.append(np.diff(ranked) != 0, True)[: len(ranked)]  # boxes of one score stand or fall together
+    allowed = is_threshold & (np.cumsum(~found) <= false_positives * len(scores))
+    return float(np.cumsum(found)[allowed].max(initial=0) / total)
+
+
 def auroc(scores: np.ndarray, positives: np.ndarray) -> float:
     """Area under the ROC curve of `(N,)` scores; ties count half; NaN unless both classes occur.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -22,8 +22,18 @@ from omnimri.platform.evaluation.figures import orient_slice
 
 MODEL = "omnimri"
 BLANK = "blank_image"
+SHUFFLED = "shuffled_image"
 CEILING = "fully_sampled"
 """Not a rival: the best that any reconstruction with the same coil maps could reach."""
+RIVALS = {
+    "recon_unet": "U-Net",
+    "varnet": "VarNet",
+    "segment_unet": "U-Net",
+    "segment_boxes": "U-Net's lesions as boxes",
+    "classifier": "CNN classifier",
+    "template": "Template from classifier and U-Net",
+}
+"""Specialists of `omnimri benchmark quality` and how they are called; see `omnimri.platform.specialists`."""
 SUBGROUP_FACTS = ("vendor", "field_strength_t", "sex", "age_years", "contrast")
 
 ANNOTATION = {
@@ -82,17 +92,34 @@ class CaseResult:
     """Why the volume could not be scored; None if it was."""
 
 
+Rivals = Mapping[str, Mapping[str, Callable[..., Any]]]
+"""Task -> method -> what answers the same cases as the model, in plain values:
+
+- reconstruct: an `Acquisition` to an image `(Z, Y, X)`, complex, or a real magnitude that no k-space follows from
+- segment: a `Scan` and names of structures to a bool mask `(Z, Y, X)` by name
+- detect: a `Scan` to a list of `Box`
+- diagnose: a `Scan` to probabilities `(K,)` over DIAGNOSES
+- report: a `Scan` to a text
+"""
+
+
 @dataclass(frozen=True, kw_only=True)
 class CaseContext:
     """What every case needs besides its row."""
 
     engine: Any
-    """`omnimri.models.engine.Engine`, or anything with its methods."""
+    """`omnimri.models.engine.Engine`, or anything with its methods; None scores the rivals alone."""
     config: EvaluateConfig
     sense_settings: Mapping[int, SenseSetting]
     """Tuned CG-SENSE by acceleration."""
     frequencies: np.ndarray
     """`(K,)` share of training patients per diagnosis."""
+    rivals: Rivals = field(default_factory=dict)
+
+    def methods(self, task: str, model: Callable[..., Any], blank: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+        """Everything that answers a text or segmentation case, the model and its floor first where there is one."""
+        own = {MODEL: model} | ({BLANK: blank} if task in self.config.blank_tasks else {})
+        return (own if self.engine is not None else {}) | dict(self.rivals.get(task, {}))
 
 
 def recorder(row: Mapping[str, Any], task: str) -> Callable[..., Record]:
@@ -106,6 +133,13 @@ def recorder(row: Mapping[str, Any], task: str) -> Callable[..., Record]:
         )  # fmt: skip
 
     return record
+
+
+def lead_method(methods: Iterable[str]) -> str:
+    """The method that a page is about: the model, or without one the first rival."""
+    known = list(methods)
+    rivals = [name for name in known if name in RIVALS] or known
+    return MODEL if MODEL in known else rivals[0]
 
 
 def timed(work: Callable[[], Any]) -> tuple[Any, float]:

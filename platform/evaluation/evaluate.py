@@ -11,7 +11,7 @@ import logging
 import os
 import platform
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,11 +23,12 @@ from omnimri.models.vocabulary import RESEARCH_NOTICE
 from omnimri.platform.data.shards import RowRef, Shards, load_row, row_to_scan
 from omnimri.platform.evaluation import baselines
 from omnimri.platform.evaluation.baselines import SenseSetting
-from omnimri.platform.evaluation.cases import MODEL, Record, columns_of
+from omnimri.platform.evaluation.cases import Record, Rivals, columns_of
 from omnimri.platform.evaluation.config import EvaluateConfig
+from omnimri.platform.evaluation.floors import shuffled
 from omnimri.platform.evaluation.page import picture_name, write_page
-from omnimri.platform.evaluation.summary import Summary, summarise
-from omnimri.platform.evaluation.workers import Unit, load_engine, score_units
+from omnimri.platform.evaluation.summary import DECISIVE, Summary, summarise
+from omnimri.platform.evaluation.workers import Unit, load_engine, no_rivals, score_units
 from omnimri.platform.tracking import Tracker
 
 logger = logging.getLogger(__name__)
@@ -43,23 +44,29 @@ NEEDS = {
 
 
 def evaluate(
-    model_dir: Path,
+    model_dir: Path | None,
     shards: Shards,
     out: Path,
     config: EvaluateConfig,
     *,
     command: str = "",
     engine_loader: Callable[[Path], Any] = load_engine,
+    rivals_loader: Callable[[], Rivals] = no_rivals,
+    compared: Mapping[str, Sequence[str]] = DECISIVE,
+    about: Mapping[str, Any] | None = None,
 ) -> Summary:
     """Score a model and its baselines, and write `summary.json`, `index.html`, `cases.jsonl` and `figures/` to `out`.
 
     Args:
-        model_dir: Checkpoint folder.
+        model_dir: Checkpoint folder; None scores the rivals alone.
         shards: The corpus, all splits.
         out: Folder for the results; made if absent.
         config: What is scored and how.
         command: Command line, for the header.
         engine_loader: Makes the engine from `model_dir` inside each worker.
+        rivals_loader: Makes what answers the same cases beside the model, inside each worker.
+        compared: As `summarise` takes it.
+        about: More for the header.
 
     Raises:
         ValueError: If the split holds nothing that any of the tasks can be scored on.
@@ -75,12 +82,14 @@ def evaluate(
     frequencies = baselines.class_frequencies(_training_classes(shards) if "diagnose" in config.tasks else {})
     records, skipped, version = _run(
         units, out, config, model_dir=model_dir, engine_loader=engine_loader, sense_settings=settings,
-        frequencies=frequencies,
+        frequencies=frequencies, rivals_loader=rivals_loader,
     )  # fmt: skip
     if not records:
         raise ValueError(f"evaluate: none of {len(units)} units could be scored: {'; '.join(_skip_notes(skipped))}")
     notes += tuning_notes + _skip_notes(skipped) + _labeller_note(records)
-    summary = summarise(records, config, _header(shards, config, version, command, records), notes)
+    header = _header(shards, config, version, command, records) | dict(about or {})
+    records += shuffled(records, config)
+    summary = summarise(records, config, header, notes, compared=compared)
     write_cases(records, out / "cases.jsonl")
     summary.write(out / "summary.json")
     write_page(summary, records, out, config)
@@ -180,7 +189,8 @@ def _skip_notes(skipped: Counter[tuple[str, str]]) -> list[str]:
 
 def _labeller_note(records: Iterable[Record]) -> list[str]:
     """How often the labels read from a reference report are those of the row's boxes."""
-    checked = [r.values["labeller_agrees"] for r in records if r.task == "report" and r.method == MODEL]
+    reports = {r.row_id: r for r in records if r.task == "report"}
+    checked = [record.values["labeller_agrees"] for record in reports.values()]
     checked = [value for value in checked if np.isfinite(value)]
     if not checked:
         return []

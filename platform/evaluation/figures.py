@@ -174,7 +174,11 @@ def _dotted_rectangle(draw: ImageDraw.ImageDraw, corners: Sequence[float], colou
             draw.line((x, y, x, min(y + 4, bottom)), fill=colour, width=2)
 
 
-RECONSTRUCTION_TITLES = {"zero_filled": "Zero-filled", "cg_sense": "CG-SENSE", "omnimri": "OmniMRI"}
+RECONSTRUCTION_TITLES = {
+    "zero_filled": "Zero-filled", "cg_sense": "CG-SENSE", "recon_unet": "U-Net", "varnet": "VarNet",
+    "omnimri": "OmniMRI",
+}  # fmt: skip
+"""Methods that are shown, where they were run."""
 
 
 def reconstruction_panels(
@@ -188,7 +192,8 @@ def reconstruction_panels(
         values: Method to its `psnr` and `ssim` on this volume.
     """
     images, errors = [], []
-    for method, title in RECONSTRUCTION_TITLES.items():
+    shown = {method: title for method, title in RECONSTRUCTION_TITLES.items() if method in values}
+    for method, title in shown.items():
         note = f"PSNR {values[method]['psnr']:.1f} dB · SSIM {values[method]['ssim']:.3f}"
         name = f"{condition}_{method}"
         images.append(Panel(title, lettered(grey(picture, name), picture), note))
@@ -197,11 +202,11 @@ def reconstruction_panels(
     return images, errors
 
 
-def segmentation_panels(picture: Picture) -> list[Panel]:
-    """Image, tissues of reference and model in colours, and the lesion outlines of both in one picture."""
+def segmentation_panels(picture: Picture, predicted_by: str = "OmniMRI") -> list[Panel]:
+    """Image, tissues of reference and prediction in colours, and the lesion outlines of both in one picture."""
     base = grey(picture, "image")
     panels = [Panel("Image", lettered(base, picture))]
-    for source, title in (("reference", "Reference"), ("predicted", "OmniMRI")):
+    for source, title in (("reference", "Reference"), ("predicted", predicted_by)):
         image = base
         for name in TISSUES:
             if f"{source}_{name}" in picture:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,12 +20,12 @@ from omnimri.platform.data.views import structure_mask
 from omnimri.platform.evaluation import baselines
 from omnimri.platform.evaluation.baselines import Acquisition
 from omnimri.platform.evaluation.cases import (
-    BLANK,
     CEILING,
     MODEL,
     CaseContext,
     CaseResult,
     base_picture,
+    lead_method,
     recorder,
     timed,
 )
@@ -65,14 +66,24 @@ Reconstruct = Callable[[Acquisition], tuple[np.ndarray, float]]
 def _reconstructions(context: CaseContext, scan: Scan, acceleration: int) -> dict[str, Reconstruct]:
     """Every method, as a function from an acquisition to magnitude and data residual."""
     setting = context.sense_settings[acceleration]
-    return {
+    methods: dict[str, Reconstruct] = {
         "zero_filled": lambda acquisition: _with_residual(baselines.zero_filled(acquisition), acquisition),
         # The magnitude without coil maps is not an image the forward model can be applied to.
         "zero_filled_rss": lambda acquisition: (acquisition.scan.image, float("nan")),
         "cg_sense": lambda acquisition: _with_residual(baselines.cg_sense(acquisition, setting), acquisition),
         CEILING: lambda acquisition: _with_residual(baselines.fully_sampled(scan, acquisition), acquisition),
-        MODEL: lambda acquisition: _model_reconstruction(context, acquisition),
     }
+    for name, rival in context.rivals.get("reconstruct", {}).items():
+        methods[name] = partial(_rival_reconstruction, rival)
+    if context.engine is not None:
+        methods[MODEL] = lambda acquisition: _model_reconstruction(context, acquisition)
+    return methods
+
+
+def _rival_reconstruction(
+    rival: Callable[[Acquisition], torch.Tensor], acquisition: Acquisition
+) -> tuple[np.ndarray, float]:
+    return _with_residual(rival(acquisition), acquisition)
 
 
 def _model_reconstruction(context: CaseContext, acquisition: Acquisition) -> tuple[np.ndarray, float]:
@@ -84,7 +95,12 @@ def _model_reconstruction(context: CaseContext, acquisition: Acquisition) -> tup
 
 
 def _with_residual(image: torch.Tensor, acquisition: Acquisition) -> tuple[np.ndarray, float]:
-    """Magnitude, and how far the complex image is from the measured lines, for all methods by one forward model."""
+    """Magnitude, and how far the complex image is from the measured lines, for all methods by one forward model.
+
+    A magnitude without phase has no residual: NaN.
+    """
+    if not image.is_complex():
+        return image.numpy(), math.nan
     per_slice = physics.relative_residual(image, acquisition.kspace, acquisition.operator)
     energy = acquisition.kspace.abs().square().sum(dim=(1, 2, 3))
     residual = ((per_slice.square() * energy).sum() / energy.sum().clamp_min(1e-12)).sqrt()
@@ -142,12 +158,16 @@ def segment_case(context: CaseContext, row: Mapping[str, Any]) -> CaseResult:
     if not masks:
         return CaseResult(skipped="its label map names no structure of the vocabulary")
     record, scan = recorder(row, "segment"), row_to_scan(row)
-    predicted, seconds = timed(lambda: _model_masks(context, scan, list(masks)))
-    values = segmentation_values(masks, predicted) | {"seconds": seconds}
-    records = [record("volume", MODEL, values)]
-    if "segment" in context.config.blank_tasks:
-        blank = _model_masks(context, baselines.blank_scan(scan), list(masks))
-        records.append(record("volume", BLANK, segmentation_values(masks, blank)))
+    methods = context.methods(
+        "segment",
+        lambda seen, names: _model_masks(context, seen, names),
+        lambda seen, names: _model_masks(context, baselines.blank_scan(seen), names),
+    )
+    records, answers = [], {}
+    for method, segment in methods.items():
+        answers[method], seconds = timed(partial(segment, scan, list(masks)))
+        records.append(record("volume", method, segmentation_values(masks, answers[method]) | {"seconds": seconds}))
+    predicted = answers[lead_method(answers)]
     tissue = np.any([mask for name, mask in masks.items() if name != LESION] or [scan.image > 0], axis=0)
     shown = largest_section(masks.get(LESION, np.zeros_like(tissue)), largest_section(tissue, len(tissue) // 2))
     picture = base_picture(scan.image, scan, shown, "image")

@@ -10,7 +10,7 @@ import numpy as np
 
 from omnimri.models import metrics
 from omnimri.models.vocabulary import TISSUES
-from omnimri.platform.evaluation.cases import BLANK, CEILING, MODEL
+from omnimri.platform.evaluation.cases import BLANK, CEILING, MODEL, RIVALS, SHUFFLED
 
 Table = Mapping[str, np.ndarray]
 """Columns of one method's records, row by row."""
@@ -54,6 +54,10 @@ def _f1(matched: str, predicted: str, reference: str) -> Callable[[Table], float
         return float(2 * table[matched].sum() / total) if total else math.nan
 
     return compute
+
+
+def _froc(table: Table) -> float:
+    return metrics.sensitivity_at(table["box_scores"], table["box_hits"], table["num_reference"], false_positives=1.0)
 
 
 def _classes(score: Callable[[np.ndarray, np.ndarray], float]) -> Callable[[Table], float]:
@@ -126,6 +130,12 @@ METRICS: dict[str, dict[str, Metric]] = {
             "Best IoU", _mean("best_iou"), ("best_iou",),
             "Largest overlap per reference box, mean over boxes, then volumes."
         ),
+        "sensitivity_1fp": Metric(
+            "Sensitivity at 1 false box per volume", _froc, ("box_scores", "box_hits", "num_reference"),
+            "Reference boxes found at the threshold on the boxes' scores that leaves at most one false box per volume; "
+            "boxes without a score are all counted.",
+            undefined="no box in the reference",
+        ),
         "side_accuracy": Metric(
             "Side accuracy", _mean("side_correct"), ("side_correct",),
             "Volumes with a lesion whose largest predicted box names the side of the largest reference box.",
@@ -190,12 +200,23 @@ HEADLINE = {
 }
 """Metrics of the first table; the first of each decides the verdict and the subgroups."""
 
+QUALITY = {
+    "reconstruct": ("psnr", "ssim"),
+    "segment": ("dice_tissues", "dice_lesion"),
+    "detect": ("sensitivity_1fp", "side_accuracy"),
+    "diagnose": ("macro_auroc",),
+    "report": ("finding_f1", "hallucination_rate", "omission_rate"),
+}
+"""Metrics on which the model is compared with specialists."""
+
 SUBGROUP_METRIC = {name: chosen[0] for name, chosen in HEADLINE.items()} | {"diagnose": "accuracy"}
 """Balanced accuracy means little in a group that holds one diagnosis."""
 
 METHOD_LABELS = {
     MODEL: "OmniMRI",
     BLANK: "OmniMRI on a blank image",
+    SHUFFLED: "OmniMRI on another patient's image",
+    **RIVALS,
     "zero_filled": "Zero-filled, coil maps",
     "zero_filled_rss": "Zero-filled, root sum of squares",
     "cg_sense": "CG-SENSE, tuned",
@@ -204,6 +225,7 @@ METHOD_LABELS = {
 }
 
 NOT_APPLICABLE = {
-    ("zero_filled_rss", "residual"): "a root sum of squares has no phase, so no k-space follows from it",
+    (name, "residual"): "a magnitude has no phase, so no k-space follows from it"
+    for name in ("zero_filled_rss", "recon_unet", "varnet")
 }
 """Why a method has no value of a metric."""

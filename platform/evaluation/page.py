@@ -13,11 +13,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from omnimri.models.vocabulary import DIAGNOSES, LESION, TISSUES
 from omnimri.platform.evaluation import figures
-from omnimri.platform.evaluation.cases import BLANK, MODEL, Record
+from omnimri.platform.evaluation.cases import BLANK, RIVALS, Record, lead_method
 from omnimri.platform.evaluation.config import EvaluateConfig
 from omnimri.platform.evaluation.figures import Panel
-from omnimri.platform.evaluation.measures import HEADLINE, METHOD_LABELS, METRICS, SUBGROUP_METRIC
-from omnimri.platform.evaluation.summary import Summary, Value, format_value
+from omnimri.platform.evaluation.measures import HEADLINE, METRICS, SUBGROUP_METRIC
+from omnimri.platform.evaluation.summary import Summary, Value, format_value, has_model, method_label
 from omnimri.platform.evaluation.text import Label, label_text
 
 TEMPLATE = "page.html.j2"
@@ -91,6 +91,7 @@ def write_page(summary: Summary, records: Sequence[Record], out: Path, config: E
         header=summary.header,
         headline=headline_rows(summary),
         sections=[_section(task, summary, galleries) for task in summary.tasks],
+        lead="OmniMRI" if has_model(summary) else "Specialist",
         facts=FACT_TITLES,
         format_value=format_value,
         **_legend(),
@@ -120,18 +121,20 @@ def headline_rows(summary: Summary) -> list[dict[str, Any]]:
         for condition, methods in conditions.items():
             name = HEADLINE[task][0]
             metric = METRICS[task][name]
-            verdicts = [v for v in summary.verdicts if (v.task, v.condition) == (task, condition)]
+            lead = lead_method(methods)
+            verdicts = [v for v in summary.verdicts if (v.task, v.condition, v.metric) == (task, condition, name)]
             rows.append(
                 {
                     "task": TASK_TITLES[task],
                     "condition": condition_title(condition),
                     "metric": f"{metric.label} ({metric.unit})" if metric.unit else metric.label,
-                    "value": methods[MODEL][name],
-                    "text": format_value(methods[MODEL][name], metric),
+                    "lead": method_label(lead),
+                    "value": methods[lead][name],
+                    "text": format_value(methods[lead][name], metric),
                     "others": [
-                        (METHOD_LABELS[method], format_value(values[name], metric))
+                        (method_label(method), format_value(values[name], metric))
                         for method, values in methods.items()
-                        if method != MODEL and name in values
+                        if method != lead and name in values
                     ],
                     "verdicts": verdicts,
                 }
@@ -170,17 +173,18 @@ def _section(task: str, summary: Summary, galleries: Mapping[tuple[str, str], li
 
 def _metric_table(task: str, methods: Mapping[str, Mapping[str, Value]]) -> dict[str, Any]:
     """Metrics down, methods across, the model first."""
-    names = [MODEL, *(method for method in methods if method != MODEL)]
+    lead = lead_method(methods)
+    names = [lead, *(method for method in methods if method != lead)]
     rows = [
         {
             "metric": metric,
             "cells": [_cell(methods[method].get(name), metric) for method in names],
-            "n": methods[MODEL][name].n if name in methods[MODEL] else 0,
+            "n": methods[lead][name].n if name in methods[lead] else 0,
         }
         for name, metric in METRICS[task].items()
         if any(name in methods[method] for method in names)
     ]
-    return {"methods": [METHOD_LABELS[name] for name in names], "rows": rows}
+    return {"methods": [method_label(name) for name in names], "rows": rows}
 
 
 def _cell(value: Value | None, metric: Any) -> dict[str, str]:
@@ -211,7 +215,8 @@ def _place(place: int, total: int) -> str:
 def _gallery(task: str, condition: str, records: Sequence[Record], folder: Path, config: EvaluateConfig) -> list[Case]:
     """The chosen cases of a task and condition with their pictures."""
     relevant = [record for record in records if (record.task, record.condition) == (task, condition)]
-    chosen = choose([r for r in relevant if r.method == MODEL], ORDER_BY[task][0], config.cases_per_task)
+    lead = lead_method(dict.fromkeys(record.method for record in relevant))
+    chosen = choose([r for r in relevant if r.method == lead], ORDER_BY[task][0], config.cases_per_task)
     cases = []
     for rank, record in chosen:
         with np.load(folder / picture_name(task, record.row_id), allow_pickle=False) as archive:
@@ -234,7 +239,8 @@ def _segment_case(rank: str, record: Record, _: Mapping[str, Record], picture: f
     elif f"reference_{LESION}" in picture:
         dice.append("no lesion in the reference")
     captions = [_where(picture), ", ".join(dice)]
-    return Case(rank=rank, record=record, rows=[figures.segmentation_panels(picture)], captions=captions)
+    panels = figures.segmentation_panels(picture, method_label(record.method))
+    return Case(rank=rank, record=record, rows=[panels], captions=captions)
 
 
 def _detect_case(rank: str, record: Record, _: Mapping[str, Record], picture: figures.Picture) -> Case:
@@ -243,7 +249,7 @@ def _detect_case(rank: str, record: Record, _: Mapping[str, Record], picture: fi
     captions = [_where(picture), found + ("" if values["parsed"] else ", answer not readable")]
     texts = [
         {"title": title, "lines": _box_lines(record.texts[name]), "labels": []}
-        for title, name in (("Reference", "reference"), ("OmniMRI", "predicted"))
+        for title, name in (("Reference", "reference"), (method_label(record.method), "predicted"))
     ]
     return Case(rank=rank, record=record, rows=[figures.detection_panels(picture)], captions=captions, texts=texts)
 
@@ -268,10 +274,10 @@ def _diagnose_case(rank: str, record: Record, _: Mapping[str, Record], picture: 
 def _report_case(rank: str, record: Record, others: Mapping[str, Record], picture: figures.Picture) -> Case:
     wanted = label_text(record.texts["reference"])
     texts = [_text_column("Reference", record.texts["reference"], wanted, wanted)]
-    for method in (MODEL, BLANK):
+    for method in dict.fromkeys((record.method, BLANK, *RIVALS)):
         if method in others:
             answer = others[method].texts["answer"]
-            texts.append(_text_column(METHOD_LABELS[method], answer, label_text(answer), wanted))
+            texts.append(_text_column(method_label(method), answer, label_text(answer), wanted))
     panel = [[figures.plain_panel(picture)]]
     return Case(rank=rank, record=record, rows=panel, captions=[_where(picture)], texts=texts)
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from omnimri.models import metrics
 from omnimri.models.vocabulary import TASKS
-from omnimri.platform.evaluation.cases import CEILING, MODEL, SUBGROUP_FACTS, Record
+from omnimri.platform.evaluation.cases import CEILING, MODEL, SUBGROUP_FACTS, Record, lead_method
 from omnimri.platform.evaluation.config import EvaluateConfig
 from omnimri.platform.evaluation.measures import (
     HEADLINE,
@@ -93,8 +93,16 @@ class Summary:
         }
 
 
+DECISIVE = {task: names[:1] for task, names in HEADLINE.items()}
+
+
 def summarise(
-    records: Sequence[Record], config: EvaluateConfig, header: dict[str, Any], notes: Iterable[str] = ()
+    records: Sequence[Record],
+    config: EvaluateConfig,
+    header: dict[str, Any],
+    notes: Iterable[str] = (),
+    *,
+    compared: Mapping[str, Sequence[str]] = DECISIVE,
 ) -> Summary:
     """Aggregate the records of all cases.
 
@@ -103,6 +111,7 @@ def summarise(
         config: Settings of the evaluation.
         header: Where the numbers come from.
         notes: What a reader must know beside them.
+        compared: Metrics of each task on which the model stands against every other method.
     """
     groups: dict[tuple[str, str], dict[str, list[Record]]] = {}
     for record in sorted([*records, *_patient_diagnoses(records)], key=_rank):
@@ -112,14 +121,17 @@ def summarise(
     verdicts: list[Verdict] = []
     for (task, condition), methods in groups.items():
         tasks[task][condition] = {method: _values(task, rows, config) for method, rows in methods.items()}
-        subgroups.setdefault(task, {})[condition] = _subgroups(task, methods[MODEL], config)
-        verdicts += _verdicts(task, condition, methods, config)
+        subgroups.setdefault(task, {})[condition] = _subgroups(task, methods[lead_method(methods)], config)
+        verdicts += [
+            verdict for name in compared[task] for verdict in _verdicts(task, condition, name, methods, config)
+        ]
     return Summary(header=header, tasks=tasks, subgroups=subgroups, verdicts=verdicts, notes=list(notes))
 
 
 def _rank(record: Record) -> tuple[int, int, str, int, str]:
     """Order of the summary: tasks as the vocabulary has them, volumes before patients, the model first."""
-    method = list(METHOD_LABELS).index(record.method)
+    known = list(METHOD_LABELS)
+    method = known.index(record.method) if record.method in known else len(known)
     return TASKS.index(record.task), record.condition == "patient", record.condition, method, record.row_id
 
 
@@ -149,7 +161,8 @@ def _table(rows: Sequence[Record], metric: Metric, *, keep: np.ndarray | None = 
     table = {name: np.array([row.values.get(name, math.nan) for row in rows], dtype=float) for name in names}
     scored = np.ones(len(rows), bool) if keep is None else keep
     for column in metric.columns:
-        scored = scored & np.isfinite(table.get(column, np.full(len(rows), math.nan)))
+        found = np.isfinite(table.get(column, np.full(len(rows), math.nan)))
+        scored = scored & found.reshape(len(rows), -1).all(axis=1)
     return {name: values[scored] for name, values in table.items()}, scored
 
 
@@ -216,15 +229,15 @@ def _level(fact: str, value: Any) -> str:
 
 
 def _verdicts(
-    task: str, condition: str, methods: Mapping[str, Sequence[Record]], config: EvaluateConfig
+    task: str, condition: str, name: str, methods: Mapping[str, Sequence[Record]], config: EvaluateConfig
 ) -> list[Verdict]:
-    """The model against every other method on the task's headline metric."""
-    name = HEADLINE[task][0]
+    """The model against every other method on one metric; nothing without a model."""
     metric = METRICS[task][name]
     return [
         verdict
         for method, rows in methods.items()
-        if method not in (MODEL, CEILING)
+        if MODEL in methods
+        and method not in (MODEL, CEILING)
         and (verdict := _verdict(task, condition, name, metric, methods[MODEL], method, rows, config)) is not None
     ]
 
@@ -281,7 +294,7 @@ def _verdict_text(
     amount = f"{metric.label} {difference:+.{metric.digits}f}{unit}"
     if interval:
         amount += f" [{interval[0]:+.{metric.digits}f}, {interval[1]:+.{metric.digits}f}]"
-    other = METHOD_LABELS.get(baseline, baseline)
+    other = method_label(baseline)
     if beats:
         return f"beats {other}: {amount}"
     if beats is False:
@@ -302,7 +315,8 @@ def format_value(value: Value, metric: Metric) -> str:
 
 def format_table(summary: Summary) -> str:
     """The headline numbers, the verdicts and the notes as text for a terminal; it is valid Markdown."""
-    rows: list[tuple[str, ...]] = [("task", "condition", "metric", "n", METHOD_LABELS[MODEL], "beside it")]
+    title = METHOD_LABELS[MODEL] if has_model(summary) else "first of them"
+    rows: list[tuple[str, ...]] = [("task", "condition", "metric", "n", title, "beside it")]
     for task, conditions in summary.tasks.items():
         for condition, methods in conditions.items():
             rows += [_table_row(task, condition, name, methods) for name in HEADLINE[task]]
@@ -318,14 +332,27 @@ def format_table(summary: Summary) -> str:
 
 def _table_row(task: str, condition: str, name: str, methods: Mapping[str, Mapping[str, Value]]) -> tuple[str, ...]:
     """One metric of the model with its interval, and the plain values of the other methods."""
-    metric, own = METRICS[task][name], methods[MODEL][name]
+    lead = lead_method(methods)
+    metric, own = METRICS[task][name], methods[lead][name]
     others = [
-        f"{METHOD_LABELS[method]} {format_value(values[name], metric).partition(' ')[0]}"
+        f"{method_label(method)} {format_value(values[name], metric).partition(' ')[0]}"
         for method, values in methods.items()
-        if method != MODEL and name in values
+        if method != lead and name in values
     ]
+    if lead != MODEL:
+        others.insert(0, f"(the first is {method_label(lead)})")
     label = f"{metric.label} ({metric.unit})" if metric.unit else metric.label
     return task, condition, label, str(own.n), format_value(own, metric), "; ".join(others)
+
+
+def has_model(summary: Summary) -> bool:
+    """Whether the summary is about a model, or about specialists alone."""
+    return any(MODEL in methods for conditions in summary.tasks.values() for methods in conditions.values())
+
+
+def method_label(method: str) -> str:
+    """A method as tables call it."""
+    return METHOD_LABELS.get(method, method)
 
 
 def unscored(summary: Summary) -> list[str]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,19 @@ from omnimri.models.scan import Scan
 from omnimri.models.vocabulary import DIAGNOSES
 from omnimri.platform.data.shards import row_to_scan
 from omnimri.platform.evaluation import baselines
-from omnimri.platform.evaluation.cases import BLANK, MODEL, CaseContext, CaseResult, base_picture, recorder, timed
+from omnimri.platform.evaluation.cases import (
+    CaseContext,
+    CaseResult,
+    base_picture,
+    lead_method,
+    recorder,
+    timed,
+)
 from omnimri.platform.evaluation.figures import orient_slice
 from omnimri.platform.evaluation.text import LEXICAL, ReportCounts, compare_reports, label_text, missing_package
+
+RANKED_BOXES = 24
+"""Boxes of a volume that its curve of sensitivity against false positives is made of, at most."""
 
 
 def detect_case(context: CaseContext, row: Mapping[str, Any]) -> CaseResult:
@@ -28,15 +39,21 @@ def detect_case(context: CaseContext, row: Mapping[str, Any]) -> CaseResult:
         Box(label=box["label"], side=box["side"], box_voxel=tuple(int(v) for v in box["box_voxel"]))
         for box in row["boxes"]
     ]
-    texts = {"reference": [asdict(box) for box in reference]}
-    (answer, boxes), seconds = timed(lambda: _model_boxes(context, scan, scan))
-    values = detection_values(reference, boxes, context.config.iou_threshold) | {"seconds": seconds}
-    predicted = [asdict(box) for box in boxes or []]
-    records = [record(condition, MODEL, values, answer=answer, predicted=predicted, **texts)]
-    if "detect" in context.config.blank_tasks:
-        blank_answer, blank = _model_boxes(context, baselines.blank_scan(scan), scan)
-        blank_values = detection_values(reference, blank, context.config.iou_threshold)
-        records.append(record(condition, BLANK, blank_values, answer=blank_answer, **texts))
+    listed = [asdict(box) for box in reference]
+    methods = context.methods(
+        "detect",
+        lambda seen: _model_boxes(context, seen, seen),
+        lambda seen: _model_boxes(context, baselines.blank_scan(seen), seen),
+    )
+    records, answers = [], {}
+    for method, detect in methods.items():
+        found, seconds = timed(partial(detect, scan))
+        answer, boxes = found if isinstance(found, tuple) else ("", found)
+        answers[method] = boxes
+        values = detection_values(reference, boxes, context.config.iou_threshold) | {"seconds": seconds}
+        predicted = [asdict(box) for box in boxes or []]
+        records.append(record(condition, method, values, answer=answer, predicted=predicted, reference=listed))
+    boxes = answers[lead_method(answers)]
     shown = _box_slice(reference or boxes or [], len(scan.image))
     picture = base_picture(scan.image, scan, shown, "image")
     picture |= _rectangles("reference", reference, shown, scan) | _rectangles("predicted", boxes or [], shown, scan)
@@ -59,7 +76,8 @@ def detection_values(reference: list[Box], predicted: list[Box] | None, iou_thre
     no box is a wrong side.
     """
     boxes = predicted or []
-    match = metrics.match_boxes(_corners(reference), _corners(boxes), iou_threshold=iou_threshold)
+    scores = [1.0 if box.score is None else box.score for box in boxes]
+    match = metrics.match_boxes(_corners(reference), _corners(boxes), iou_threshold=iou_threshold, scores=scores)
     overlap = metrics.box_iou(_corners(reference), _corners(boxes))
     largest = max(reference, key=_volume, default=None)
     guess = max(boxes, key=_volume, default=None)
@@ -72,6 +90,19 @@ def detection_values(reference: list[Box], predicted: list[Box] | None, iou_thre
         "best_iou": float(overlap.max(axis=1, initial=0.0).mean()) if reference else math.nan,
         "side_correct": math.nan if largest is None else float(guess is not None and guess.side == largest.side),
         "parsed": float(predicted is not None),
+    } | _ranked(scores, {index for _, index in match.pairs})
+
+
+def _ranked(scores: Sequence[float], hits: set[int]) -> dict[str, list[float]]:
+    """Scores of the surest boxes and whether each found one, padded to one length; `scores` is -1 where there is none.
+
+    A box without a score counts as sure.
+    """
+    order = sorted(range(len(scores)), key=lambda index: -scores[index])[:RANKED_BOXES]
+    padding = [-1.0] * (RANKED_BOXES - len(order))
+    return {
+        "box_scores": [float(scores[index]) for index in order] + padding,
+        "box_hits": [float(index in hits) for index in order] + [0.0] * len(padding),
     }
 
 
@@ -119,14 +150,15 @@ def diagnose_case(context: CaseContext, row: Mapping[str, Any]) -> CaseResult:
         return {"truth": truth, "probabilities": [float(p) for p in probabilities],
                 "truth_probability": float(probabilities[truth])}  # fmt: skip
 
-    probabilities, seconds = timed(lambda: _model_probabilities(context, scan))
-    records = [
-        record("volume", MODEL, values(probabilities) | {"seconds": seconds}),
-        record("volume", "majority_class", values(context.frequencies)),
-    ]
-    if "diagnose" in context.config.blank_tasks:
-        blank = _model_probabilities(context, baselines.blank_scan(scan))
-        records.append(record("volume", BLANK, values(blank)))
+    methods = context.methods(
+        "diagnose",
+        lambda seen: _model_probabilities(context, seen),
+        lambda seen: _model_probabilities(context, baselines.blank_scan(seen)),
+    )
+    records = [record("volume", "majority_class", values(context.frequencies))]
+    for method, diagnose in methods.items():
+        probabilities, seconds = timed(partial(diagnose, scan))
+        records.append(record("volume", method, values(probabilities) | {"seconds": seconds}))
     return CaseResult(records, base_picture(scan.image, scan, _shown(row), "image"))
 
 
@@ -139,13 +171,17 @@ def _model_probabilities(context: CaseContext, scan: Scan) -> np.ndarray:
 def report_case(context: CaseContext, row: Mapping[str, Any]) -> CaseResult:
     """Findings of the generated report against those of the row's report."""
     record, scan, reference = recorder(row, "report"), row_to_scan(row), row["report"]
-    answer, seconds = timed(lambda: untagged(_answer(context, scan, "report")))
+    methods = context.methods(
+        "report",
+        lambda seen: untagged(_answer(context, seen, "report")),
+        lambda seen: untagged(_answer(context, baselines.blank_scan(seen), "report")),
+    )
     agreement = {"labeller_agrees": _labeller_agreement(row)}
-    values = report_values(reference, answer) | agreement | {"seconds": seconds}
-    records = [record("volume", MODEL, values, reference=reference, answer=answer)]
-    if "report" in context.config.blank_tasks:
-        blank = untagged(_answer(context, baselines.blank_scan(scan), "report"))
-        records.append(record("volume", BLANK, report_values(reference, blank), reference=reference, answer=blank))
+    records = []
+    for method, write in methods.items():
+        answer, seconds = timed(partial(write, scan))
+        values = report_values(reference, answer) | agreement | {"seconds": seconds}
+        records.append(record("volume", method, values, reference=reference, answer=answer))
     return CaseResult(records, base_picture(scan.image, scan, _shown(row), "image"))
 
 

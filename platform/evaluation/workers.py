@@ -20,7 +20,7 @@ import torch
 from omnimri.platform.cluster import quiet_ray_data
 from omnimri.platform.data.shards import RowRef, load_row
 from omnimri.platform.evaluation.baselines import SenseSetting
-from omnimri.platform.evaluation.cases import CaseContext, CaseResult, Record, columns_of
+from omnimri.platform.evaluation.cases import CaseContext, CaseResult, Record, Rivals, columns_of
 from omnimri.platform.evaluation.config import EvaluateConfig
 from omnimri.platform.evaluation.image_cases import reconstruct_case, segment_case
 from omnimri.platform.evaluation.text_cases import detect_case, diagnose_case, report_case
@@ -49,6 +49,11 @@ def load_engine(folder: Path) -> Any:
     from omnimri.models.engine import Engine
 
     return Engine.load(folder)
+
+
+def no_rivals() -> Rivals:
+    """A model beside classical baselines alone."""
+    return {}
 
 
 def score_units(
@@ -84,16 +89,18 @@ class CaseWorker:
         *,
         units: Sequence[Unit],
         config: EvaluateConfig,
-        model_dir: Path,
+        model_dir: Path | None,
         engine_loader: Callable[[Path], Any],
+        rivals_loader: Callable[[], Rivals],
         sense_settings: Mapping[int, SenseSetting],
         frequencies: np.ndarray,
     ) -> None:
         torch.set_num_threads(config.threads_per_worker)
         self.units = units
         self.context = CaseContext(
-            engine=engine_loader(model_dir), config=config, sense_settings=sense_settings, frequencies=frequencies
-        )
+            engine=None if model_dir is None else engine_loader(model_dir), config=config,
+            sense_settings=sense_settings, frequencies=frequencies, rivals=rivals_loader(),
+        )  # fmt: skip
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         """Read the columns that one unit needs, and score it."""
@@ -111,5 +118,5 @@ class CaseWorker:
             "records": [json.dumps([record.as_json() for record in result.records], allow_nan=False)],
             "picture": [archive.getvalue()],
             "skipped": [result.skipped or ""],
-            "version": [self.context.engine.version],
+            "version": ["" if self.context.engine is None else self.context.engine.version],
         }
