@@ -3,15 +3,25 @@ r"""Measure speed and coverage on this machine, beside what people use otherwise
   omnimri benchmark ingest [SRC...]       read files: ingest, a plain pydicom/nibabel loop, MONAI
   omnimri benchmark sequences [FILE]      sequence rules on a Parquet table of DICOM headers
   omnimri benchmark annotate DIR --model M    an ingested corpus: vLLM, and transformers with xgrammar
+  omnimri benchmark quality DIR... --model M --out OUT    a checkpoint beside specialists of one task each
 
 Prints one line per number with the machine and the date, and writes all of them to --out. Without SRC, the built-in
 corpus is made first (--patients). Without FILE, the index of the package idc-index-data is read.
+
+quality trains, on the split `train` of ingested corpora, a U-Net and a VarNet to reconstruct, a U-Net to segment and a
+CNN to diagnose, each for --minutes (by default as long as all stages of the checkpoint's run took); boxes and a
+template report follow from the last two. All methods answer the same held-out cases. OUT then holds what
+`omnimri evaluate` writes, with the specialists beside the model and their learning curves (index.html, summary.json,
+cases.jsonl, figures/), the table as Markdown (table.md), and the networks (specialists/), which are not trained again.
+Without --model the specialists stand beside the classical baselines alone.
 
 Examples:
   omnimri benchmark ingest runs/demo/corpus --out ingest.json
   omnimri benchmark sequences --out sequences.json
   omnimri benchmark annotate shards --model Qwen/Qwen2.5-VL-7B-Instruct --limit 200
   omnimri benchmark annotate shards --model tiny-vl --set pictures.slices=1 --set dtype=float32
+  omnimri benchmark quality shards --model runs/mine/instruct/model --out runs/mine/quality
+  omnimri benchmark quality shards --out quality --minutes 3 --set evaluate.max_volumes=16
 """
 
 from __future__ import annotations
@@ -21,6 +31,8 @@ import datetime
 import json
 import os
 import platform
+import shlex
+import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -29,27 +41,41 @@ from omnimri.jobs.command import job_parser, run_job
 from omnimri.platform.annotation.config import AnnotateConfig, Backend
 from omnimri.platform.benchmark.annotate import benchmark_annotate
 from omnimri.platform.benchmark.ingest import benchmark_ingest
+from omnimri.platform.benchmark.quality import (
+    TABLE_NAME,
+    QualityConfig,
+    benchmark_quality,
+    quality_table,
+    training_seconds,
+)
 from omnimri.platform.benchmark.sequences import benchmark_sequences, default_headers
 from omnimri.platform.cluster import ensure_ray
 from omnimri.platform.corpus.corpus import CorpusConfig, write_corpus
+from omnimri.platform.data.shards import Shards
 from omnimri.platform.overrides import apply_overrides
+from omnimri.platform.specialists.specialists import SpecialistsConfig
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the job; returns the exit status."""
     parser = job_parser("benchmark", __doc__)
-    parser.add_argument("what", choices=["ingest", "sequences", "annotate"], help="what to measure")
-    parser.add_argument("sources", nargs="*", type=Path, metavar="SRC", help="files to read")
+    parser.add_argument("what", choices=["ingest", "sequences", "annotate", "quality"], help="what to measure")
+    parser.add_argument("sources", nargs="*", type=Path, metavar="SRC", help="files to read, or corpora")
     parser.add_argument("--patients", type=int, default=24, metavar="N", help="of the built-in corpus (default: 24)")
     parser.add_argument("--repeats", type=int, default=1, metavar="N", help="the fastest of N counts (default: 1)")
-    parser.add_argument("--model", metavar="M", help="of annotate: name or local folder")
+    parser.add_argument("--model", metavar="M", help="of annotate: name or local folder; of quality: checkpoint")
     parser.add_argument("--limit", type=int, metavar="N", help="of annotate: only the first N volumes")
     parser.add_argument(
         "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE",
-        help="of annotate: any field of AnnotateConfig",
+        help="any field of AnnotateConfig, or of QualityConfig, for example evaluate.max_volumes=12",
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON file for every number")
+    parser.add_argument("--minutes", type=float, metavar="N", help="of quality: training time of each specialist")
+    parser.add_argument("--data", type=Path, nargs="+", default=[], metavar="DIR", help="of quality: the same as SRC")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON file for every number; of quality: a folder")
     args = parser.parse_args(argv)
+    if args.what == "quality":
+        command = ["omnimri", "benchmark", *(sys.argv[1:] if argv is None else argv)]
+        return run_job("benchmark", lambda: _quality(args, shlex.join(command)))
     return run_job("benchmark", lambda: _run(args))
 
 
@@ -82,6 +108,25 @@ def _annotate(args: argparse.Namespace) -> dict[str, Any]:
     configs = [apply_overrides(AnnotateConfig(backend=name, model=args.model), args.overrides) for name in backends]
     with ensure_ray():
         return benchmark_annotate(args.sources[0], configs, limit=args.limit)
+
+
+def _quality(args: argparse.Namespace, command: str) -> None:
+    folders = [*args.sources, *args.data]
+    if not folders or not args.out:
+        raise ValueError("benchmark quality takes ingested corpora and --out, the folder for its results.")
+    model = Path(args.model).absolute() if args.model else None
+    if model and not model.is_dir():
+        raise ValueError(f"--model {args.model}: expected a checkpoint folder, found none. Run `omnimri train` first.")
+    seconds = 60 * args.minutes if args.minutes else training_seconds(model)
+    if seconds is None:
+        raise ValueError("benchmark quality: how long the model was trained is not known here; give --minutes.")
+    config = apply_overrides(
+        QualityConfig(specialists=SpecialistsConfig().with_budget(seconds=seconds)), args.overrides
+    )
+    with ensure_ray():
+        summary = benchmark_quality(model, Shards.open(folders), args.out, config, command=command)
+    print(f"{machine()}, {datetime.date.today().isoformat()}\n\n{quality_table(summary)}")
+    print(f"\npage {args.out / 'index.html'}\ntable {args.out / TABLE_NAME}\nnumbers {args.out / 'summary.json'}")
 
 
 def machine() -> str:

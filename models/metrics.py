@@ -144,9 +144,7 @@ def match_boxes(
     return DetectionMatch(tuple(pairs), num_reference, num_predicted)
 
 
-def sensitivity_at(
-    scores: np.ndarray, hits: np.ndarray, num_reference: np.ndarray, *, false_positives: float
-) -> float:
+def sensitivity_at(scores: np.ndarray, hits: np.ndarray, num_reference: np.ndarray, *, false_positives: float) -> float:
     """The point of a free-response ROC curve at a number of false positives per volume, all volumes pooled.
 
     The highest sensitivity over the thresholds on the score that stay within that number; between them nothing is

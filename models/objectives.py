@@ -211,7 +211,7 @@ class InstructionTuning(nn.Module):
         state = bridge_state(target, measured.initial, time, self.model.config.image_decoder.recon_noise)
         clean = self.model.image_decoder.predict_image(state, time, measured, condition, pyramid)
         difference = torch.view_as_real(clean - target).abs().mean() * 10.0
-        return difference + 0.5 * (1 - _ssim(clean.abs(), target.abs()))
+        return difference + 0.5 * (1 - mean_ssim(clean.abs(), target.abs()))
 
     def _measurement(self, batch: Batch) -> Measurement:
         operator = SenseOperator(batch["sens_maps"], batch["mask"][:, None, None])
@@ -318,7 +318,7 @@ def _spread(blocks: Tensor, block: tuple[int, int, int], cell: tuple[int, int, i
     return blocks[:, : ends[0], : ends[1], : ends[2]]
 
 
-def _ssim(a: Tensor, b: Tensor, window: int = 7) -> Tensor:
+def mean_ssim(a: Tensor, b: Tensor, window: int = 7) -> Tensor:
     """Mean structural similarity of magnitudes `(B, H, W)` with range b.max() (Wang et al., TIP 2004; 7x7 uniform)."""
     a, b = a[:, None], b[:, None]
     data_range = b.amax(dim=(1, 2, 3), keepdim=True)

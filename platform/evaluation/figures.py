@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 import matplotlib.colors
@@ -228,6 +230,30 @@ def detection_panels(picture: Picture) -> list[Panel]:
         rectangles, cut = picture[f"{name}_rectangles"], picture[f"{name}_cut"]
         image = boxed(image, picture["image"].shape, rectangles, cut, colour, width=width)
     return [Panel("Image", lettered(base, picture)), Panel("Boxes", lettered(image, picture))]
+
+
+def curves_figure(cards: Sequence[Mapping[str, Any]]) -> Image.Image:
+    """Learning curves of networks side by side: loss and validation metric against seconds of training.
+
+    Args:
+        cards: `label`, `metric`, `curve` (points with `seconds`, `loss`, `metric`) and `best` of each.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.4 * len(cards), 2.8), dpi=110, layout="constrained")
+    for place, card in zip(figure.subplots(1, len(cards), squeeze=False)[0], cards, strict=True):
+        seconds = [point["seconds"] for point in card["curve"]]
+        place.plot(seconds, [point["loss"] for point in card["curve"]], color="#5b6472", label="training loss")
+        place.set(title=f"{card['label']}: {card['metric']}", xlabel="seconds of training", ylabel="loss")
+        beside = place.twinx()
+        scores = [math.nan if point["metric"] is None else point["metric"] for point in card["curve"]]
+        beside.plot(seconds, scores, color="#0b5cad", marker="o", markersize=3)
+        beside.plot(seconds[card["best"]], scores[card["best"]], color="#0b5cad", marker="*", markersize=11)
+        beside.tick_params(axis="y", colors="#0b5cad")
+        place.title.set_fontsize(9)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return Image.open(buffer).convert("RGB")
 
 
 def plain_panel(picture: Picture) -> Panel:

@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from omnimri.models.vocabulary import DIAGNOSES, LESION, TISSUES
 from omnimri.platform.evaluation import figures
-from omnimri.platform.evaluation.cases import BLANK, RIVALS, Record, lead_method
+from omnimri.platform.evaluation.cases import BLANK, MODEL, RIVALS, Record, lead_method
 from omnimri.platform.evaluation.config import EvaluateConfig
 from omnimri.platform.evaluation.figures import Panel
 from omnimri.platform.evaluation.measures import HEADLINE, METRICS, SUBGROUP_METRIC
@@ -91,12 +91,35 @@ def write_page(summary: Summary, records: Sequence[Record], out: Path, config: E
         header=summary.header,
         headline=headline_rows(summary),
         sections=[_section(task, summary, galleries) for task in summary.tasks],
+        networks=_networks(summary, out / "figures"),
         lead="OmniMRI" if has_model(summary) else "Specialist",
         facts=FACT_TITLES,
         format_value=format_value,
         **_legend(),
     )
     (out / "index.html").write_text(html, encoding="utf-8")
+
+
+def _networks(summary: Summary, folder: Path) -> dict[str, Any] | None:
+    """The specialists of the header, the model against each of them, and their learning curves; None without any."""
+    cards = summary.header.get("specialists")
+    if not cards:
+        return None
+    curves = Panel("Learning curves", figures.curves_figure(cards))
+    (folder / "learning_curves.png").write_bytes(figures.png_bytes(curves.image))
+    against = [
+        {
+            "task": f"{TASK_TITLES[v.task]}, {condition_title(v.condition)}",
+            "verdict": v,
+            "own": format_value(summary.tasks[v.task][v.condition][MODEL][v.metric], METRICS[v.task][v.metric]),
+            "other": format_value(summary.tasks[v.task][v.condition][v.baseline][v.metric], METRICS[v.task][v.metric]),
+            "metric": METRICS[v.task][v.metric].label,
+            "label": method_label(v.baseline),
+        }
+        for v in summary.verdicts
+        if v.baseline in RIVALS
+    ]
+    return {"cards": cards, "curves": curves, "against": against}
 
 
 def _legend() -> dict[str, Any]:

@@ -81,7 +81,7 @@ class Evidence:
             ]
         if not self.label_findings or self.has_specks:
             return None
-        boxes = [box for measured in self.lesions.values() for box in _boxes_of(measured)]
+        boxes = [box for measured in self.lesions.values() for box in boxes_of_measured(measured)]
         return boxes if len(boxes) <= MAX_BOXES else None
 
     @property
@@ -146,7 +146,8 @@ class Evidence:
         return int(self.volume.num_voxels[[value for value in values if 0 < value < len(self.volume.num_voxels)]].sum())
 
 
-def _boxes_of(measured: Measured) -> list[Box]:
+def boxes_of_measured(measured: Measured) -> list[Box]:
+    """A box for each lesion of one name, with its side where that is known."""
     sides = measured.sides or (None,) * measured.count
     return [
         Box(label=measured.name, side=side, box_voxel=box)

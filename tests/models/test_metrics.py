@@ -157,3 +157,19 @@ def test_bootstrap_is_seeded_and_silent_where_it_cannot_say() -> None:
     )
     assert metrics.patient_bootstrap(statistic, ["a"] * 6) is None
     assert metrics.patient_bootstrap(lambda _: float("nan"), patients) is None
+
+
+def test_sensitivity_is_read_where_false_positives_stay_within_the_number() -> None:
+    scores = np.array([[0.9, 0.6, 0.3], [0.8, 0.5, -1.0]])
+    hits = np.array([[1, 0, 1], [0, 0, 0]])
+    reference = np.array([2, 1])
+    at = [metrics.sensitivity_at(scores, hits, reference, false_positives=allowed) for allowed in (0.0, 0.5, 1.0, 1.5)]
+    assert at == pytest.approx([1 / 3, 1 / 3, 1 / 3, 2 / 3])
+    assert np.isnan(metrics.sensitivity_at(scores, hits, np.zeros(2), false_positives=1.0))
+    assert metrics.sensitivity_at(-np.ones((2, 3)), np.zeros((2, 3)), reference, false_positives=1.0) == 0.0
+
+
+def test_boxes_of_one_score_stand_or_fall_together() -> None:
+    scores, hits = np.ones((1, 3)), np.array([[1, 0, 0]])
+    assert metrics.sensitivity_at(scores, hits, np.array([1]), false_positives=1.0) == 0.0
+    assert metrics.sensitivity_at(scores, hits, np.array([1]), false_positives=2.0) == 1.0

@@ -11,13 +11,20 @@ import pyarrow.parquet as pq
 import pytest
 
 from omnimri.jobs import benchmark as job
+from omnimri.models.preprocess import CONTRACT_FILE, Preprocess
 from omnimri.platform.benchmark import ingest as by_file
+from omnimri.platform.benchmark.quality import QualityConfig, benchmark_quality, training_seconds
 from omnimri.platform.benchmark.sequences import benchmark_sequences
 from omnimri.platform.data.formats.readers import read_item
 from omnimri.platform.data.formats.records import ReadLimits
+from omnimri.platform.evaluation.cases import MODEL, SHUFFLED
+from omnimri.platform.evaluation.config import EvaluateConfig
 from tests.platform.annotation_fakes import save_tiny_qwen2_vl
+from tests.platform.evaluation_fakes import KnowingLoader, phantom_row, write_phantoms
 from tests.platform.intake_fakes import dicom_slices, oblique_affine, random_image, rescalable, save_dicom, save_nifti
 from tests.platform.shards_fakes import write_shards
+from tests.platform.test_specialists import CONFIG as SPECIALISTS
+from tests.platform.test_specialists import INPUTS
 
 
 @pytest.fixture
@@ -81,3 +88,57 @@ def test_backends_of_annotate_are_measured_on_the_same_volumes(tmp_path: Path) -
     measured = json.loads(out.read_text())
     assert [measured[backend]["volumes"] for backend in ("vllm", "transformers")] == [12, 12]
     assert not list(corpus.parent.glob("*.generated*"))
+
+
+SCORING = EvaluateConfig(
+    accelerations=(4,), center_fractions=(0.15,), max_slices=4, bootstrap_samples=50, tuning_volumes=1,
+    cg_weights=(0.05,), cg_steps=(5,), cases_per_task=1,
+)  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_cluster")
+def test_the_model_and_its_specialists_answer_the_same_cases(tmp_path: Path) -> None:
+    rows = [phantom_row(i, split=("train", "val", "test", "test")[i // 2], patient=i // 2) for i in range(8)]
+    shards = write_phantoms(tmp_path / "data", rows)
+    config = QualityConfig(specialists=SPECIALISTS, evaluate=SCORING)
+    model = tmp_path / "run" / "instruct" / "model"
+    _save_contract(model)
+    summary = benchmark_quality(model, shards, tmp_path / "out", config, engine_loader=KnowingLoader(rows))
+    scored = {task: next(iter(conditions.values())) for task, conditions in summary.tasks.items()}
+    assert {"recon_unet", "varnet", "zero_filled", "cg_sense", MODEL} <= set(scored["reconstruct"])
+    assert {MODEL, SHUFFLED, "segment_boxes"} <= set(scored["detect"])
+    assert scored["reconstruct"][MODEL]["psnr"].n == scored["reconstruct"]["varnet"]["psnr"].n == 4
+    assert scored["detect"][MODEL]["sensitivity_1fp"].value == 1.0
+    beaten = {v.baseline for v in summary.verdicts if v.metric == "psnr" and v.difference > 0}
+    assert {"recon_unet", "varnet"} <= beaten
+    assert summary.header["model_seconds"] == 60.0
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "| reconstruct 4x | PSNR (dB) | VarNet |" in table
+    assert "OmniMRI: all stages, all tasks, 60 s." in table
+    html = (tmp_path / "out" / "index.html").read_text()
+    assert "Beside specialists" in html
+    assert (tmp_path / "out" / "figures" / "learning_curves.png").stat().st_size > 1000
+
+    alone = benchmark_quality(None, shards, tmp_path / "out", config)  # other grids: the preset's
+    assert MODEL not in alone.tasks["segment"]["volume"]
+    assert "Specialists without a model" in (tmp_path / "out" / "index.html").read_text()
+
+
+def _save_contract(model: Path) -> None:
+    """As much of a checkpoint as the specialists read, and how long its run took."""
+    model.mkdir(parents=True)
+    (model / CONTRACT_FILE).write_text(json.dumps(Preprocess(INPUTS).as_json()))
+    for stage, seconds in {"vision": 20.0, "instruct": 40.0}.items():
+        (model.parent.parent / stage).mkdir(exist_ok=True)
+        (model.parent.parent / stage / "result.json").write_text(json.dumps({"seconds": seconds}))
+
+
+def test_quality_without_a_time_or_a_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert job.main(["quality", str(tmp_path), "--out", str(tmp_path / "out")]) == 1
+    assert "give --minutes" in capsys.readouterr().err
+    assert job.main(["quality", str(tmp_path), "--minutes", "1"]) == 1
+    assert "--out" in capsys.readouterr().err
+    assert job.main(["quality", str(tmp_path), "--model", str(tmp_path / "none"), "--out", str(tmp_path)]) == 1
+    assert "expected a checkpoint folder" in capsys.readouterr().err
+    assert training_seconds(tmp_path / "run" / "stage" / "model") is None

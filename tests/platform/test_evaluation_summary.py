@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from omnimri.platform.evaluation.cases import BLANK, MODEL, Record
+from omnimri.platform.evaluation.cases import BLANK, MODEL, SHUFFLED, Record
 from omnimri.platform.evaluation.config import EvaluateConfig
+from omnimri.platform.evaluation.floors import shuffled
+from omnimri.platform.evaluation.measures import QUALITY
 from omnimri.platform.evaluation.page import choose
 from omnimri.platform.evaluation.summary import format_table, summarise
 
@@ -156,3 +158,46 @@ def test_shown_cases_are_worst_median_and_best() -> None:
     assert [rank for rank, _ in chosen] == ["worst of 5", "median of 5", "best of 5"]
     assert [record.values["psnr"] for _, record in chosen] == [1, 5, 9]
     assert len(choose(records[:1], "psnr", 3)) == 1
+
+
+def _against_a_unet(shift: float) -> Any:
+    """Twelve patients with a spread of several dB between them and a tenth of that between methods."""
+    rng = np.random.default_rng(0)
+    level, noise = rng.normal(30, 3, 12), rng.normal(0, 0.2, 12)
+    records = [_record("reconstruct", i, {"psnr": v + shift, "ssim": 0.9}) for i, v in enumerate(level + noise)]
+    records += [_record("reconstruct", i, {"psnr": v, "ssim": 0.9}, "recon_unet") for i, v in enumerate(level)]
+    return next(v for v in summarise(records, CONFIG, {}, compared=QUALITY).verdicts if v.metric == "psnr")
+
+
+def test_the_paired_interval_holds_zero_for_equal_methods_and_not_for_shifted_ones() -> None:
+    equal, better, worse = (_against_a_unet(shift) for shift in (0.0, 0.5, -0.5))
+    assert equal.interval[0] < 0 < equal.interval[1]
+    assert 0 < better.interval[0] < better.difference < better.interval[1] < 1
+    assert worse.interval[1] < 0
+    assert (better.beats, worse.beats) == (True, False)
+
+
+def test_specialists_are_summarised_without_a_model() -> None:
+    records = [_record("reconstruct", i, {"psnr": 30.0 + i, "ssim": 0.9}, "varnet") for i in range(3)]
+    records += [_record("reconstruct", i, {"psnr": 25.0, "ssim": 0.8}, "zero_filled") for i in range(3)]
+    summary = summarise(records, CONFIG, {})
+    assert summary.verdicts == []
+    assert summary.subgroups["reconstruct"]["4x"]["vendor"]["GE"].value == 31.0
+    assert "the first is VarNet" in format_table(summary)
+
+
+def test_a_shuffled_image_is_another_patients_and_tells_nothing() -> None:
+    records = []
+    for i in range(40):  # two volumes of each of twenty patients, every other one with an infarct, all answered rightly
+        truth = (i // 2) % 2
+        probabilities = [0.1] * 5
+        probabilities[truth] = 0.6
+        record = _record("diagnose", i, {"truth": truth, "probabilities": probabilities, "truth_probability": 0.6})
+        records.append(Record(**{**vars(record), "patient_id": f"p{i // 2}"}))
+    floor = shuffled(records, CONFIG)
+    assert [record.method for record in floor] == [SHUFFLED] * 40
+    values = summarise([*records, *floor], CONFIG, {}).tasks["diagnose"]["volume"]
+    assert values[MODEL]["macro_auroc"].value == 1.0
+    low, high = values[SHUFFLED]["macro_auroc"].interval
+    assert low < 0.5 < high
+    assert shuffled(records[:2], CONFIG) == []

@@ -1,0 +1,147 @@
+"""Boxes and a report from what the segmentation and diagnosis specialists found.
+
+Nothing is trained here: the lesions that the U-Net draws are the boxes, the classifier names them, and the report is
+the one that `language.reports` makes of labels, here of predicted ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from omnimri.models import metrics
+from omnimri.models.boxes import Box
+from omnimri.models.scan import Scan
+from omnimri.models.vocabulary import DIAGNOSES, FINDINGS, LESION, NORMAL, TISSUES
+from omnimri.platform.language.evidence import Evidence, boxes_of_measured
+from omnimri.platform.language.reports import derived_report
+
+FINDING_OF = dict(zip(DIAGNOSES[1:], FINDINGS, strict=True))
+"""The finding behind each diagnosis."""
+THRESHOLDS = (0.1, 0.2, 0.35, 0.5, 0.65)
+"""Probabilities tried as the edge of a lesion; the best on the validation split is kept."""
+
+Probabilities = Mapping[str, np.ndarray]
+"""Structure to probability `(Z, Y, X)`."""
+
+
+def finding_of(diagnoses: np.ndarray | None) -> str:
+    """The most probable finding of probabilities `(K,)` over DIAGNOSES, normal left out; `lesion` without any."""
+    if diagnoses is None:
+        return LESION
+    diseases = np.where(np.array(DIAGNOSES) == NORMAL, -1.0, diagnoses)
+    return FINDING_OF[DIAGNOSES[int(diseases.argmax())]]
+
+
+def evidence_of(
+    scan: Scan, probabilities: Probabilities, finding: str, *, threshold: float, classes: Sequence[str] | None = None
+) -> Evidence:
+    """What a row would say whose labels were the predicted ones.
+
+    Args:
+        scan: The image.
+        probabilities: Of tissues and lesion.
+        finding: Name of the lesions.
+        threshold: From which probability a voxel is lesion.
+        classes: Diagnoses; without them only what is drawn is known.
+    """
+    names = (*TISSUES, *dict.fromkeys((*FINDINGS, finding)))
+    tissues = np.stack([probabilities[name] for name in TISSUES])
+    label_map = np.where(tissues.max(0) >= 0.5, 1 + tissues.argmax(0), 0).astype(np.uint8)
+    label_map[probabilities[LESION] >= threshold] = 1 + names.index(finding)
+    row: dict[str, Any] = {
+        **scan.facts,
+        "image": scan.image,
+        "affine": scan.affine,
+        "label_map": label_map,
+        "label_names": dict(enumerate(names, start=1)),
+        "classes": classes,
+    }
+    return Evidence.of_row(row)
+
+
+def boxes_of(scan: Scan, probabilities: Probabilities, finding: str, *, threshold: float) -> list[Box]:
+    """Connected parts of the lesion mask with their sides; the score is the mean probability inside, surest first."""
+    evidence = evidence_of(scan, probabilities, finding, threshold=threshold)
+    lesion = probabilities[LESION]
+    return sorted(
+        (
+            replace(box, score=_mean_inside(lesion, box.box_voxel, threshold))
+            for measured in evidence.lesions.values()
+            for box in boxes_of_measured(measured)
+        ),
+        key=lambda box: -(box.score or 0.0),
+    )
+
+
+def _mean_inside(lesion: np.ndarray, box_voxel: tuple[int, ...], threshold: float) -> float:
+    z1, y1, x1, z2, y2, x2 = box_voxel
+    inside = lesion[z1:z2, y1:y2, x1:x2]
+    return float(inside[inside >= threshold].mean())
+
+
+@dataclass(frozen=True)
+class Detector:
+    """Boxes from a segmenter and, where there is one, a classifier."""
+
+    probabilities: Callable[[Scan], Probabilities]
+    diagnose: Callable[[Scan], np.ndarray] | None
+    threshold: float
+
+    def __call__(self, scan: Scan) -> list[Box]:
+        finding = finding_of(self.diagnose(scan) if self.diagnose else None)
+        return boxes_of(scan, self.probabilities(scan), finding, threshold=self.threshold)
+
+
+@dataclass(frozen=True)
+class Reporter:
+    """The report of a predicted label map: the classifier decides what is said, the segmenter where it is."""
+
+    probabilities: Callable[[Scan], Probabilities]
+    diagnose: Callable[[Scan], np.ndarray]
+    threshold: float
+
+    def __call__(self, scan: Scan) -> str:
+        diagnoses = self.diagnose(scan)
+        diagnosis = DIAGNOSES[int(diagnoses.argmax())]
+        found = dict(self.probabilities(scan))
+        if diagnosis == NORMAL:
+            found[LESION] = np.zeros_like(found[LESION])
+        evidence = evidence_of(scan, found, finding_of(diagnoses), threshold=self.threshold, classes=[diagnosis])
+        report = derived_report(evidence)
+        return report[0] if report else ""
+
+
+def best_threshold(cases: Sequence[tuple[Scan, Probabilities, np.ndarray]], iou_threshold: float) -> float:
+    """The edge of a lesion with the highest sensitivity at one false box per volume; 0.5 without cases or boxes.
+
+    Args:
+        cases: Scan, its probabilities, and its reference boxes `(R, 6)`.
+        iou_threshold: Overlap from which a box is found.
+    """
+    scores = {threshold: _sensitivity(cases, threshold, iou_threshold) for threshold in THRESHOLDS}
+    if all(np.isnan(score) for score in scores.values()):
+        return 0.5
+    return max(THRESHOLDS, key=lambda threshold: (scores[threshold], -abs(threshold - 0.5)))
+
+
+def _sensitivity(
+    cases: Sequence[tuple[Scan, Probabilities, np.ndarray]], threshold: float, iou_threshold: float
+) -> float:
+    rows = []
+    for scan, probabilities, reference in cases:
+        boxes = boxes_of(scan, probabilities, LESION, threshold=threshold)
+        corners = np.array([box.box_voxel for box in boxes], dtype=float).reshape(-1, 6)
+        scores = [box.score or 0.0 for box in boxes]
+        match = metrics.match_boxes(reference, corners, iou_threshold=iou_threshold, scores=scores)
+        found = {index for _, index in match.pairs}
+        rows.append((scores, [float(index in found) for index in range(len(boxes))], len(reference)))
+    width = max((len(scores) for scores, _, _ in rows), default=0)
+    padded = np.full((2, len(rows), width), -1.0)
+    for place, (scores, hits, _) in enumerate(rows):
+        padded[:, place, : len(scores)] = scores, hits
+    counts = np.array([count for _, _, count in rows])
+    return metrics.sensitivity_at(padded[0], padded[1] > 0, counts, false_positives=1.0)
