@@ -28,9 +28,11 @@ from omnimri.platform.data.shards import RowRef, row_to_scan
 from omnimri.platform.evaluation.cases import columns_of
 from omnimri.platform.specialists.augment import augment_slices
 from omnimri.platform.specialists.fit import FitConfig, Fitted, fit
-from omnimri.platform.specialists.networks import NORM
 from omnimri.platform.specialists.rows import Rows
 from omnimri.platform.specialists.segmentation import with_neighbours
+
+
+_NORM = ("group", {"num_groups": 1})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +41,7 @@ class DiagnosisConfig(FitConfig):
 
     init_features: int = 24
     growth_rate: int = 12
-    blocks: tuple[int, ...] = (2, 3, 3, 3)
+    blocks: tuple[int, ...] = (3, 4, 4)
     """Layers of each dense block."""
     neighbours: int = 1
     volumes_per_step: int = 4
@@ -52,14 +54,14 @@ class DiagnosisConfig(FitConfig):
 
 
 class SliceClassifier(nn.Module):
-    """MONAI's 2D DenseNet with instance norm and maximum pooling: logits `(S, K)` of slices `(S, C, H, W)`."""
+    """MONAI's 2D DenseNet with group norm and maximum pooling: logits `(S, K)` of slices `(S, C, H, W)`."""
 
     def __init__(self, config: DiagnosisConfig) -> None:
         super().__init__()
         self.sharpness = config.sharpness
         self.network = DenseNet(
             2, 2 * config.neighbours + 1, len(DIAGNOSES), init_features=config.init_features,
-            growth_rate=config.growth_rate, block_config=config.blocks, norm=NORM,
+            growth_rate=config.growth_rate, block_config=config.blocks, norm=_NORM,
         )  # fmt: skip
         self.network.class_layers.pool = nn.AdaptiveMaxPool2d(1)
 
