@@ -11,8 +11,9 @@ DIR of --model is a checkpoint folder, DIR of --data an ingested corpus. The fol
   pictures/      the arrays of the cases on the page
 
 Reconstruction stands beside zero-filled and CG-SENSE (tuned on the validation split) by fastMRI's definitions;
-segmentation, detection, diagnosis and reports beside the same model on a blank image; diagnosis beside the commonest
-diagnosis in training too. The table printed at the end says plainly what does not beat its floor.
+segmentation, detection, diagnosis and reports beside the same model on a blank image, the last three also beside its
+answers about another patient; diagnosis beside the commonest diagnosis in training too. The table printed at the end
+says plainly what does not beat its floor.
 
 With --tracking-uri (or MLFLOW_TRACKING_URI) the numbers, the page and summary.json become an MLflow run, a child of
 --parent-run where that is given.

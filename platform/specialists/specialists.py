@@ -123,6 +123,7 @@ def train_missing(
         else:
             rows = usable.select(split="train", **{trained.needs: True}).rows
             if not rows:
+                (out / name / CARD).unlink(missing_ok=True)
                 logger.warning("%s not trained: no row of split 'train' has %s.", name, trained.needs)
                 continue
             validation = spread_over_patients(usable.select(split=validation_split, **{trained.needs: True}).rows, None)
