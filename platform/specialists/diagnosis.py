@@ -31,7 +31,6 @@ from omnimri.platform.specialists.fit import FitConfig, Fitted, fit
 from omnimri.platform.specialists.rows import Rows
 from omnimri.platform.specialists.segmentation import with_neighbours
 
-
 _NORM = ("group", {"num_groups": 1})
 
 
