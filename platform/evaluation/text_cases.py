@@ -69,7 +69,7 @@ def _model_boxes(context: CaseContext, seen: Scan, scan: Scan) -> tuple[str, lis
         return answer, None
 
 
-def detection_values(reference: list[Box], predicted: list[Box] | None, iou_threshold: float) -> dict[str, float]:
+def detection_values(reference: list[Box], predicted: list[Box] | None, iou_threshold: float) -> dict[str, Any]:
     """Counts of one volume; boxes match whatever their label, and the label is scored on the matched ones.
 
     `side_correct`: whether the largest predicted box names the side of the largest reference box, where there is one;
