@@ -199,6 +199,8 @@ METHOD_LABELS = {
     "zero_filled": "Zero-filled, coil maps",
     "zero_filled_rss": "Zero-filled, root sum of squares",
     "cg_sense": "CG-SENSE, tuned",
+    "l1_wavelet": "L1-wavelet, tuned",
+    "total_variation": "Total variation, tuned",
     CEILING: "Ceiling: all lines, same coil maps",
     "majority_class": "Commonest diagnosis in training",
 }

@@ -19,8 +19,15 @@ from tests.platform.evaluation_fakes import KnowingLoader, phantom_row, write_ph
 
 CONFIG = EvaluateConfig(
     accelerations=(3,), center_fractions=(0.15,), max_slices=4, bootstrap_samples=100, tuning_volumes=1,
-    cg_weights=(0.005, 0.05), cg_steps=(5,), cases_per_task=2,
+    cg_weights=(0.005, 0.05), cg_steps=(5,), cs_weights=(0.003,), cs_steps=(20,), cases_per_task=2,
 )  # fmt: skip
+
+
+SETTINGS = {
+    "cg_sense": {3: SenseSetting()},
+    "l1_wavelet": {3: SenseSetting(0.003, 30)},
+    "total_variation": {3: SenseSetting(0.003, 40)},
+}
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +61,8 @@ def test_a_model_that_knows_the_truth_scores_perfectly(
     assert tasks["report"]["volume"][BLANK]["omission_rate"].value == 1.0
     assert any("central 4 slices" in note for note in summary.notes)
     assert any("the best of 2 settings on split 'val'" in note for note in summary.notes)
+    assert any(note.startswith("Total variation at 3x: weight 0.003, 20 iterations") for note in summary.notes)
+    assert 0 < tasks["reconstruct"]["3x"]["l1_wavelet"]["residual"].value < 0.3
 
     written = json.loads((tmp_path / "summary.json").read_text())
     assert written["header"]["model_version"] == "fake-1"
@@ -78,7 +87,7 @@ def test_a_model_that_knows_the_truth_scores_perfectly(
 
 def _case(row: dict[str, Any], task: str, *, garbled: bool = True) -> CaseResult:
     context = CaseContext(
-        engine=KnowingLoader([row], garbled)(Path()), config=CONFIG, sense_settings={3: SenseSetting()},
+        engine=KnowingLoader([row], garbled)(Path()), config=CONFIG, settings=SETTINGS,
         frequencies=np.full(5, 0.2),
     )  # fmt: skip
     return RUNNERS[task](context, row | {"label_names": dict(row["label_names"])})
