@@ -275,3 +275,34 @@ def relative_residual(image: Tensor, kspace: Tensor, operator: SenseOperator) ->
     difference = operator.forward(image) - kspace * operator.mask
     axes = (-3, -2, -1)
     return difference.abs().square().sum(axes).sqrt() / kspace.abs().square().sum(axes).sqrt().clamp_min(1e-12)
+
+
+def simulated_acquisition(
+    image: Tensor, kspace: Tensor, operator: SenseOperator, generator: torch.Generator
+) -> tuple[Tensor, SenseOperator]:
+    """The measurement of an image as if it were the truth: other lines of the same pattern, noise of the same size.
+
+    Args:
+        image: Complex `(B, Y, X)`, reconstructed from `kspace`.
+        kspace: Complex `(B, C, Y, X)`, zero where not acquired.
+        operator: The forward model, its mask `(X,)`.
+        generator: Draws the lines and the noise.
+
+    Returns:
+        K-space like `kspace`, and its forward model with the same coil maps.
+    """
+    mask = shifted_lines(operator.mask, int(torch.randint(operator.mask.numel(), (), generator=generator)))
+    axes = (-3, -2, -1)
+    misfit = (operator.forward(image) - kspace * operator.mask).abs().square().sum(axes, keepdim=True)
+    num_samples = operator.mask.sum() * kspace[0, :, :, 0].numel()
+    noise = torch.randn(kspace.shape, dtype=kspace.dtype, generator=generator).to(kspace.device)
+    other = SenseOperator(operator.sens_maps, mask)
+    return (other.forward(image) + (misfit / num_samples).sqrt() * noise) * mask, other
+
+
+def shifted_lines(mask: Tensor, shift: int) -> Tensor:
+    """A mask `(X,)` whose lines outside the centre are moved round by `shift` places; the centre stays."""
+    center = center_lines(mask)
+    shifted = mask.clone()
+    shifted[~center] = mask[~center].roll(shift)
+    return shifted

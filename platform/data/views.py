@@ -55,6 +55,9 @@ class ViewOptions:
     """Slices that an image sample takes of one volume."""
     accelerations: tuple[int, ...] = (4, 4, 8)
     """Drawn from with equal chance; repeat one to weigh it."""
+    random_mask_share: float = 0.3
+    """Share of undersampled acquisitions whose outer lines are drawn independently (fastMRI knee); those of the others
+    are equispaced (fastMRI brain)."""
     volumes_per_sequence: int = 4
     """Contrasts of a study that an interleaved sequence shows, at most; each shows two at least."""
     structures_per_sample: int = 4
@@ -66,8 +69,9 @@ class ViewOptions:
     does not fit the image) instead of a whole task."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.question_share <= 1:
-            raise ValueError(f"ViewOptions.question_share must be between 0 and 1, found {self.question_share}.")
+        for name in ("question_share", "random_mask_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"ViewOptions.{name} must be between 0 and 1, found {getattr(self, name)}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,7 +202,7 @@ def reconstruction_sample(row: Row, rng: np.random.Generator, options: ViewOptio
     scan = undersample(
         row_to_scan(row),
         acceleration=acceleration,
-        kind=str(rng.choice(["equispaced", "random"], p=[0.7, 0.3])),
+        kind=str(rng.choice(["equispaced", "random"], p=[1 - options.random_mask_share, options.random_mask_share])),
         seed=int(rng.integers(2**31)),
     )
     full = torch.tensor(row["kspace"])

@@ -34,6 +34,10 @@ class EvaluateConfig:
     it was trained with. `espirit` takes seconds to half a minute for a slice of a clinical matrix: set max_slices."""
     reconstruct_steps: int = 2
     """Network evaluations of the image decoder for one reconstruction."""
+    uncertainty_samples: int = 4
+    """Simulated acquisitions behind the uncertainty map that is held against the error; 0 leaves it out."""
+    uncertainty_slices: int = 4
+    """Central slices of a volume on which it is."""
     segment_steps: int = 1
     max_new_tokens: int = 192
     """Longest text answer."""
@@ -84,6 +88,10 @@ class EvaluateConfig:
         if self.split == self.tuning_split:
             raise ValueError(
                 f"EvaluateConfig: CG-SENSE may not be tuned on the scored split ({self.split}). Set tuning_split."
+            )
+        if self.uncertainty_samples == 1 or self.uncertainty_samples < 0:
+            raise ValueError(
+                f"EvaluateConfig: uncertainty_samples must be 0 or at least 2, found {self.uncertainty_samples}."
             )
         if self.num_workers < 1 or self.threads_per_worker < 1:
             raise ValueError("EvaluateConfig: num_workers and threads_per_worker must be at least 1.")

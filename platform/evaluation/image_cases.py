@@ -55,6 +55,8 @@ def reconstruct_case(context: CaseContext, row: Mapping[str, Any]) -> CaseResult
             magnitude, residual = reconstruct(acquisition)
             seconds = (time.perf_counter() - started) / len(target)
             values = _reconstruction_values(target, magnitude) | {"residual": residual, "seconds_per_slice": seconds}
+            if method == MODEL and config.uncertainty_samples:
+                values |= _uncertainty_values(context, scan, mask)
             records.append(record(f"{acceleration}x", method, values))
             picture[f"{acceleration}x_{method}"] = orient_slice(magnitude[shown], scan.affine).pixels
     return CaseResult(records, picture)
@@ -90,6 +92,20 @@ def _model_reconstruction(context: CaseContext, acquisition: Acquisition) -> tup
         acquisition.scan, prompt, num_steps=context.config.reconstruct_steps, seed=context.config.seed
     )
     return _with_residual(torch.from_numpy(np.asarray(result.image)), acquisition)
+
+
+def _uncertainty_values(context: CaseContext, scan: Scan, mask: np.ndarray) -> dict[str, float]:
+    """The model's uncertainty against its error, on the central slices."""
+    config = context.config
+    part = baselines.central_slices(scan, config.uncertainty_slices)
+    acquired = baselines.acquire(part, mask, config.sens_maps).scan
+    result = context.engine.reconstruct(
+        acquired, context.engine.encode(acquired, instruction_for("reconstruct"), "reconstruct"),
+        num_steps=config.reconstruct_steps, seed=config.seed, num_samples=config.uncertainty_samples,
+    )  # fmt: skip
+    return metrics.uncertainty_scores(
+        baselines.reference_magnitude(part), np.abs(np.asarray(result.image)), np.asarray(result.uncertainty)
+    )
 
 
 def _with_residual(image: torch.Tensor, acquisition: Acquisition) -> tuple[np.ndarray, float]:

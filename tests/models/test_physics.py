@@ -18,6 +18,8 @@ from omnimri.models.physics import (
     ifft2c,
     relative_residual,
     root_sum_of_squares,
+    shifted_lines,
+    simulated_acquisition,
     undersampling_mask,
 )
 
@@ -273,3 +275,27 @@ def test_compression_keeps_the_strongest_combinations(rng: torch.Generator) -> N
         other, _ = torch.linalg.qr(complex_normal(rng, 6, 2))
         assert torch.einsum("ck,zcyx->zkyx", other.conj(), kspace).abs().square().sum() <= kept * 1.0001
     assert compress_coils(kspace, 6) is kspace
+
+
+def test_shifted_lines_keep_the_centre_and_the_number() -> None:
+    mask = torch.from_numpy(undersampling_mask(96, acceleration=4, center_fraction=0.08, seed=2))
+    center = center_lines(mask)
+    shifted = [shifted_lines(mask, shift) for shift in range(5)]
+    assert all(other[center].all() and other.sum() == mask.sum() for other in shifted)
+    torch.testing.assert_close(shifted[0], mask)
+    assert len({tuple(other.tolist()) for other in shifted}) > 3
+
+
+def test_a_simulated_acquisition_measures_the_image_with_the_noise_of_the_first(rng: torch.Generator) -> None:
+    """Whatever the residual was, the new measurement differs from the noiseless one by as much per sample."""
+    mask = torch.from_numpy(undersampling_mask(64, acceleration=2, center_fraction=0.2, seed=2))
+    operator = SenseOperator(unit_maps(rng, 4, 64, 64).expand(2, -1, -1, -1), mask)
+    image = complex_normal(rng, 2, 64, 64)
+    size = torch.tensor([0.3, 0.02])[:, None, None, None]
+    kspace = operator.forward(image) + size * complex_normal(rng, 2, 4, 64, 64) * mask
+    measured, other = simulated_acquisition(image, kspace, operator, rng)
+    assert not measured[..., ~other.mask].any()
+    noise = (measured - other.forward(image))[..., other.mask]
+    torch.testing.assert_close(noise.abs().square().mean((1, 2, 3)).sqrt(), size.flatten(), rtol=0.05, atol=0)
+    exact, other = simulated_acquisition(image, operator.forward(image), operator, rng)
+    torch.testing.assert_close(exact, other.forward(image), rtol=1e-4, atol=1e-4)

@@ -50,6 +50,9 @@ def test_a_model_that_knows_the_truth_scores_perfectly(
     tasks = summary.tasks
     assert tasks["reconstruct"]["3x"][MODEL]["psnr"].value > 50
     assert tasks["reconstruct"]["3x"][MODEL]["psnr"].n == 3
+    assert tasks["reconstruct"]["3x"][MODEL]["uncertainty_correlation"].value > 0.99
+    assert tasks["reconstruct"]["3x"][MODEL]["uncertainty_ratio"].value == pytest.approx(1.0, rel=1e-3)
+    assert "uncertainty_ratio" not in tasks["reconstruct"]["3x"]["cg_sense"]
     assert tasks["segment"]["volume"][MODEL]["dice_tissues"].value == 1.0
     assert tasks["segment"]["volume"][MODEL]["dice_lesion"].n == 2
     assert tasks["segment"]["volume"][MODEL]["lesion_false_alarm"].value == 0.0
@@ -102,6 +105,8 @@ def test_a_model_that_returns_its_input_reconstructs_like_zero_filled() -> None:
     result = _case(phantom_row(1, split="test", patient=1), "reconstruct")
     assert _values(result)["psnr"] == pytest.approx(_values(result, "zero_filled_rss")["psnr"])
     assert _values(result)["psnr"] < _values(result, "cg_sense")["psnr"]
+    assert _values(result)["uncertainty_ratio"] == _values(result)["uncertainty_coverage"] == 0.0
+    assert np.isnan(_values(result)["uncertainty_correlation"])
     assert _values(result, "cg_sense")["residual"] < _values(result, "zero_filled")["residual"]
 
 

@@ -87,3 +87,29 @@ def test_reconstruction_is_trained_on_the_coil_maps_of_the_contract(rows: list[d
     expected = estimate_sens_maps(kspace, mask, method=method)
     np.testing.assert_allclose(sample["sens_maps"], expected, atol=1e-4)
     assert any(f"{method} coil maps" in step for step in preprocess.steps)
+
+
+def test_training_draws_every_acceleration_and_both_kinds_of_masks(rows: list[dict]) -> None:
+    """Equispaced lines have gaps that differ by one at most; their number tells the acceleration."""
+    row = next(row for row in rows if row["kspace"] is not None)
+    row = {**row, "kspace": np.pad(row["kspace"], ((0, 0), (0, 0), (0, 0), (104, 104)))}
+    wanted = range(2, 13)
+    chosen = replace(options(1), accelerations=tuple(wanted), random_mask_share=0.5)
+    rng = np.random.default_rng(0)
+    masks = [reconstruction_sample(row, rng, chosen)["mask"][0] for _ in range(150)]
+    equispaced = [mask for mask in masks if _is_equispaced(mask)]
+    found = {min(wanted, key=lambda r: abs(240 / r - mask.sum())) for mask in equispaced}
+    assert found == set(wanted)
+    assert 50 < len(equispaced) < 100
+    only = replace(chosen, random_mask_share=0.0)
+    assert all(_is_equispaced(reconstruction_sample(row, rng, only)["mask"][0]) for _ in range(10))
+
+
+def _is_equispaced(mask: np.ndarray) -> bool:
+    gaps = np.diff(np.flatnonzero(mask[: len(mask) // 3]))
+    return len(gaps) < 2 or int(np.ptp(gaps)) <= 1
+
+
+def test_shares_are_between_nothing_and_all() -> None:
+    with pytest.raises(ValueError, match=r"random_mask_share must be between 0 and 1, found 1\.5"):
+        replace(options(1), random_mask_share=1.5)
