@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from omnimri.models import special_tokens as special
+from omnimri.models.instructions import FOREIGN_STRUCTURES, NEAR
 from omnimri.models.physics import (
     SenseOperator,
     estimate_sens_maps,
@@ -62,6 +63,8 @@ class ViewOptions:
     """Contrasts of a study that an interleaved sequence shows, at most; each shows two at least."""
     structures_per_sample: int = 4
     """Structures that a segmentation sample asks for, each by an instruction of its own."""
+    foreign_share: float = 0.1
+    """Share of them that another part of the body has, where the row says which part it shows: their mask is empty."""
     text_tasks: Mapping[str, float] = field(default_factory=lambda: {"detect": 0.25, "diagnose": 0.45, "report": 0.3})
     """Chance of each text task where a row has labels for all."""
     question_share: float = 0.2
@@ -69,7 +72,7 @@ class ViewOptions:
     does not fit the image) instead of a whole task."""
 
     def __post_init__(self) -> None:
-        for name in ("question_share", "random_mask_share"):
+        for name in ("question_share", "random_mask_share", "foreign_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"ViewOptions.{name} must be between 0 and 1, found {getattr(self, name)}.")
 
@@ -258,6 +261,9 @@ def segmentation_sample(row: Row, rng: np.random.Generator, options: ViewOptions
     scan = row_to_scan(row)
     names: dict[int, str] = row["label_names"]
     structures = _drawn_structures(names, options.structures_per_sample, rng)
+    foreign = _foreign_structures(row["body_part"])
+    if foreign and options.foreign_share:
+        structures = [str(rng.choice(foreign)) if rng.random() < options.foreign_share else s for s in structures]
     source = options.preprocess.slices(scan)
 
     def on_slices(mask: np.ndarray) -> torch.Tensor:
@@ -286,6 +292,18 @@ def _drawn_structures(names: Mapping[int, str], count: int, rng: np.random.Gener
     known = segmentable(names)
     order = rng.permutation(len(known))
     return [known[order[i % len(known)]] for i in range(count)]
+
+
+def _foreign_structures(body_part: str | None) -> list[str]:
+    """Structures that an image of a body part cannot show; none where the part is unknown."""
+    if body_part not in NEAR:
+        return []
+    return [
+        structure
+        for other, structures in FOREIGN_STRUCTURES.items()
+        for structure in structures
+        if other != body_part and other not in NEAR[body_part]
+    ]
 
 
 def _to_slice_grid(slices: torch.Tensor, options: ViewOptions) -> torch.Tensor:

@@ -26,7 +26,9 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
 
 
 def options(slices: int, structures: int = 4) -> ViewOptions:
-    return ViewOptions(preprocess=Preprocess(NATIVE), slices_per_sample=slices, structures_per_sample=structures)
+    return ViewOptions(
+        preprocess=Preprocess(NATIVE), slices_per_sample=slices, structures_per_sample=structures, foreign_share=0.0
+    )
 
 
 def test_every_instruction_gets_the_mask_it_names(rows: list[dict]) -> None:
@@ -113,3 +115,19 @@ def _is_equispaced(mask: np.ndarray) -> bool:
 def test_shares_are_between_nothing_and_all() -> None:
     with pytest.raises(ValueError, match=r"random_mask_share must be between 0 and 1, found 1\.5"):
         replace(options(1), random_mask_share=1.5)
+
+
+def test_structures_of_another_part_of_the_body_have_an_empty_mask(rows: list[dict]) -> None:
+    """Every prompt of them, and only where the row says what it shows; the others keep their masks."""
+    row = {**rows[0], "body_part": "brain"}
+    always = replace(options(2), foreign_share=1.0)
+    sample = segmentation_sample(row, np.random.default_rng(0), always)
+    assert not sample["slice_target"].any()
+    assert not any(name in text for text in sample["instruction"] for name in (*TISSUES, LESION, "hippocampus"))
+    unknown = segmentation_sample({**row, "body_part": None}, np.random.default_rng(0), always)
+    assert unknown["slice_target"].any()
+    rng = np.random.default_rng(1)
+    some = replace(options(2), foreign_share=0.25)
+    texts = [text for _ in range(20) for text in segmentation_sample(row, rng, some)["instruction"]]
+    own = [any(name in text for name in (*TISSUES, LESION)) for text in texts]
+    assert 0.6 < np.mean(own) < 0.9
