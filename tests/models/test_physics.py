@@ -376,7 +376,7 @@ def test_hard_consistency_of_many_coils_keeps_the_truth_and_comes_closer(rng: to
 @pytest.mark.parametrize("spatial_dims", [2, 3])
 def test_gradients_in_double_precision(rng: torch.Generator, spatial_dims: int) -> None:
     """Of operators, both data consistencies, CG-SENSE, coil maps and partial Fourier, by finite differences."""
-    shape = (3, 2, 4)[-spatial_dims:]
+    shape = {2: (2, 4), 3: (2, 1, 4)}[spatial_dims]
 
     def draw(*leading: int) -> torch.Tensor:
         return torch.randn(*leading, *shape, dtype=torch.complex128, generator=rng).requires_grad_()
