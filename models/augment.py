@@ -101,7 +101,7 @@ def with_motion(volume: Tensor, voxels: float, movements: int) -> Tensor:
     third, which holds the contrast, is acquired at rest. Magnitudes `(B, 1, D, H, W)`; all slices of one volume move
     alike.
     """
-    batch, height, width = len(volume), *volume.shape[-2:]
+    batch, _, _, height, width = volume.shape
     device = volume.device
     lines = torch.arange(width, device=device)
     starts = torch.randint(width, (batch, movements), device=device)
