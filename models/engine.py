@@ -25,7 +25,7 @@ from omnimri.models.config import OmniMRIConfig
 from omnimri.models.image_decoder import Measurement
 from omnimri.models.objectives import slice_pyramid
 from omnimri.models.omnimri import OmniMRI, read_index
-from omnimri.models.physics import SenseOperator, estimate_sens_maps, relative_residual
+from omnimri.models.physics import SenseOperator, estimate_sens_maps, relative_residual, simulated_acquisition
 from omnimri.models.preprocess import Preprocess, read_preprocess, scale_kspace
 from omnimri.models.prompts import SequenceBuilder, untagged
 from omnimri.models.scan import Scan
@@ -75,9 +75,16 @@ class Reconstruction:
     """A reconstructed scan on its native grid."""
 
     image: np.ndarray
-    """Complex64 `(Z, Y, X)`, in the units of the k-space; the mean over the samples."""
+    """Complex64 `(Z, Y, X)`, in the units of the k-space."""
     uncertainty: np.ndarray | None
-    """Standard deviation of the magnitude over the samples, `(Z, Y, X)`; None for a single one."""
+    """Expected error of the magnitude `(Z, Y, X)`, root mean square over the samples; None without them.
+
+    A parametric bootstrap (Efron and Tibshirani 1993, section 6.5; for inverse problems Tachella and Pereyra,
+    arXiv 2310.11838): the image is acquired again in simulation, with noise like the residual's and other lines of the
+    same pattern, and what its reconstruction then misses is taken for what it misses now. Noise along the bridge
+    showed a tenth of the error, since the network regresses to the mean. Detail that the image lost altogether, and
+    wrong coil maps, are not in it.
+    """
     residual: float
     """`|A x - y| / |y|` over the whole scan: distance from what was measured."""
 
@@ -253,14 +260,14 @@ class Engine:
     def reconstruct(
         self, scan: Scan, prompt: Prompt, *, num_steps: int = 2, seed: int = 0, num_samples: int = 1
     ) -> Reconstruction:
-        """The image of an undersampled scan.
+        """The image of an undersampled scan, one network for any acceleration and pattern of lines.
 
         Args:
             scan: With `kspace` and `mask`.
             prompt: From `encode(scan, ..., "reconstruct")`.
             num_steps: Steps along the bridge, 1 to 50.
-            seed: Of the samples' noise.
-            num_samples: 1 walks the bridge without noise; more give a mean and an uncertainty map.
+            seed: Of the simulated acquisitions.
+            num_samples: More than 1 add an uncertainty map, from so many simulated acquisitions of the image.
 
         Raises:
             ValueError: If the scan has no k-space or the prompt is of another task.
@@ -272,24 +279,22 @@ class Engine:
         mask = torch.ones(kspace.shape[-1], dtype=torch.bool) if scan.mask is None else torch.tensor(scan.mask)
         maps = estimate_sens_maps(kspace, mask, method=self.preprocess.inputs.sens_maps)
         operator = SenseOperator(maps, mask)
-        generator = torch.Generator().manual_seed(seed)
-        samples = torch.stack(
-            [self._sample(kspace, operator, queries, num_steps, num_samples > 1, generator) for _ in range(num_samples)]
-        )
-        image = samples.mean(0)
+        image = self._image(kspace, operator, queries, num_steps)
         norms = kspace.abs().square().sum(dim=(1, 2, 3))
         residuals = relative_residual(image, kspace, operator)
-        spread = samples.abs().std(0).numpy() if num_samples > 1 else None
+        uncertainty = None
+        if num_samples > 1:
+            generator = torch.Generator().manual_seed(seed)
+            again = [simulated_acquisition(image, kspace, operator, generator) for _ in range(num_samples)]
+            errors = [self._image(measured, other, queries, num_steps).abs() - image.abs() for measured, other in again]
+            uncertainty = torch.stack(errors).square().mean(0).sqrt().numpy()
         return Reconstruction(
             image=image.numpy(),
-            uncertainty=spread,
+            uncertainty=uncertainty,
             residual=float(((residuals.square() * norms).sum() / norms.sum().clamp_min(1e-12)).sqrt()),
         )
 
-    def _sample(
-        self, kspace: Tensor, operator: SenseOperator, queries: Tensor, num_steps: int, noisy: bool,
-        generator: torch.Generator,
-    ) -> Tensor:  # fmt: skip
+    def _image(self, kspace: Tensor, operator: SenseOperator, queries: Tensor, num_steps: int) -> Tensor:
         """One reconstruction of all slices, complex `(Z, Y, X)`, a few slices at a time."""
         images = []
         decoder = self.model.image_decoder
@@ -299,7 +304,7 @@ class Engine:
             measured = Measurement.start(scaled, local, decoder.config)
             image = decoder.reconstruct(
                 measured, queries.expand(len(chunk), -1, -1), slice_pyramid(self.model, measured.initial.abs()),
-                num_steps=num_steps, noise=decoder.config.recon_noise if noisy else 0.0, generator=generator,
+                num_steps=num_steps,
             )  # fmt: skip
             images.append(image * scale[:, None, None])
         return torch.cat(images)

@@ -8,12 +8,14 @@ the data range. A metric that has no value for a case is NaN ("not scored"), nev
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from einops import reduce
 from monai.data.box_utils import box_iou as monai_box_iou
-from scipy.stats import rankdata
+from scipy.stats import rankdata, spearmanr
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 SSIM_WINDOW = 7
@@ -55,6 +57,46 @@ def ssim(target: np.ndarray, prediction: np.ndarray) -> float:
             ]
         )
     )
+
+
+def uncertainty_scores(
+    target: np.ndarray, prediction: np.ndarray, uncertainty: np.ndarray, *, block: int = 8
+) -> dict[str, float]:
+    """Whether an uncertainty map says where and how much a reconstruction errs; all magnitudes `(Z, Y, X)`.
+
+    Over the foreground, which is what exceeds a tenth of the target's 99th percentile.
+
+    Args:
+        target: Truth.
+        prediction: Reconstruction.
+        uncertainty: Expected error, in the same units.
+        block: In-plane voxels of the squares that the correlation averages over, of which at least half are foreground.
+
+    Returns:
+        `uncertainty_correlation`: Spearman's, between mean error and mean uncertainty of the squares;
+        `uncertainty_ratio`: root mean square of the uncertainty over that of the error, one if it is calibrated;
+        `uncertainty_coverage`: share of voxels whose error is below two uncertainties. NaN where undefined.
+    """
+    _check_same_shape(target, prediction)
+    _check_same_shape(target, uncertainty)
+    error = np.abs(prediction - target)
+    foreground = target > 0.1 * np.percentile(target, 99)
+    kept = _block_means(foreground, block) >= 0.5
+    squares = [_block_means(values, block)[kept] for values in (error, uncertainty)]
+    varied = kept.sum() > 2 and all(np.ptp(values) > 0 for values in squares)
+    error, uncertainty = error[foreground], uncertainty[foreground]
+    size = np.sqrt(np.mean(np.square(error))) if error.size else 0.0
+    return {
+        "uncertainty_correlation": float(spearmanr(*squares).statistic) if varied else math.nan,
+        "uncertainty_ratio": float(np.sqrt(np.mean(np.square(uncertainty))) / size) if size else math.nan,
+        "uncertainty_coverage": float(np.mean(error <= 2 * uncertainty)) if error.size else math.nan,
+    }
+
+
+def _block_means(values: np.ndarray, block: int) -> np.ndarray:
+    """Means over in-plane squares of `(Z, Y, X)`; what does not fill one at the far edges is left out."""
+    height, width = (size - size % block for size in values.shape[1:])
+    return reduce(values[:, :height, :width].astype(np.float64), "z (y a) (x b) -> z y x", "mean", a=block, b=block)
 
 
 def _check_same_shape(target: np.ndarray, prediction: np.ndarray) -> None:

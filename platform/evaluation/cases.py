@@ -89,8 +89,8 @@ class CaseContext:
     engine: Any
     """`omnimri.models.engine.Engine`, or anything with its methods."""
     config: EvaluateConfig
-    sense_settings: Mapping[int, SenseSetting]
-    """Tuned CG-SENSE by acceleration."""
+    settings: Mapping[str, Mapping[int, SenseSetting]]
+    """Tuned iterative baselines, by name and acceleration."""
     frequencies: np.ndarray
     """`(K,)` share of training patients per diagnosis."""
 

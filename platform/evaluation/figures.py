@@ -174,7 +174,13 @@ def _dotted_rectangle(draw: ImageDraw.ImageDraw, corners: Sequence[float], colou
             draw.line((x, y, x, min(y + 4, bottom)), fill=colour, width=2)
 
 
-RECONSTRUCTION_TITLES = {"zero_filled": "Zero-filled", "cg_sense": "CG-SENSE", "omnimri": "OmniMRI"}
+RECONSTRUCTION_TITLES = {
+    "zero_filled": "Zero-filled",
+    "cg_sense": "CG-SENSE",
+    "total_variation": "Total variation",
+    "omnimri": "OmniMRI",
+}
+"""Methods that are shown, those of them that were run."""
 
 
 def reconstruction_panels(
@@ -189,6 +195,8 @@ def reconstruction_panels(
     """
     images, errors = [], []
     for method, title in RECONSTRUCTION_TITLES.items():
+        if method not in values:
+            continue
         note = f"PSNR {values[method]['psnr']:.1f} dB · SSIM {values[method]['ssim']:.3f}"
         name = f"{condition}_{method}"
         images.append(Panel(title, lettered(grey(picture, name), picture), note))

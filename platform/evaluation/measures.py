@@ -82,6 +82,21 @@ METRICS: dict[str, dict[str, Metric]] = {
             "|A x - y| / |y| on the measured lines, coil maps from the centre lines; lower is closer to the data.",
             "", 3, None,
         ),
+        "uncertainty_correlation": Metric(
+            "Error follows uncertainty", _mean("uncertainty_correlation"), ("uncertainty_correlation",),
+            "Spearman correlation of mean error and mean uncertainty over foreground squares of 8 x 8 voxels, the "
+            "uncertainty by simulated acquisitions of the image; on some central slices (uncertainty_slices).",
+        ),
+        "uncertainty_ratio": Metric(
+            "Uncertainty over error", _mean("uncertainty_ratio"), ("uncertainty_ratio",),
+            "Root mean squares over the foreground of the same slices; one is calibrated, less is overconfident.",
+            "", 2, None,
+        ),
+        "uncertainty_coverage": Metric(
+            "Error below two uncertainties", _mean("uncertainty_coverage"), ("uncertainty_coverage",),
+            "Share of foreground voxels of the same slices; 0.95 where errors are Gaussian and the map is calibrated.",
+            "", 3, None,
+        ),
         "seconds_per_slice": Metric(
             "Seconds per slice", _mean("seconds_per_slice"), ("seconds_per_slice",),
             "Wall time on the machine named below; for OmniMRI with its prompt and coil maps, for the others without.",
@@ -199,6 +214,8 @@ METHOD_LABELS = {
     "zero_filled": "Zero-filled, coil maps",
     "zero_filled_rss": "Zero-filled, root sum of squares",
     "cg_sense": "CG-SENSE, tuned",
+    "l1_wavelet": "L1-wavelet, tuned",
+    "total_variation": "Total variation, tuned",
     CEILING: "Ceiling: all lines, same coil maps",
     "majority_class": "Commonest diagnosis in training",
 }

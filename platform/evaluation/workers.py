@@ -86,13 +86,13 @@ class CaseWorker:
         config: EvaluateConfig,
         model_dir: Path,
         engine_loader: Callable[[Path], Any],
-        sense_settings: Mapping[int, SenseSetting],
+        settings: Mapping[str, Mapping[int, SenseSetting]],
         frequencies: np.ndarray,
     ) -> None:
         torch.set_num_threads(config.threads_per_worker)
         self.units = units
         self.context = CaseContext(
-            engine=engine_loader(model_dir), config=config, sense_settings=sense_settings, frequencies=frequencies
+            engine=engine_loader(model_dir), config=config, settings=settings, frequencies=frequencies
         )
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:

@@ -142,6 +142,7 @@ def _large(
             ),
         ),
         zero=zero,
+        view={"accelerations": list(range(2, 13)), "random_mask_share": 0.5},
         scaling=ScalingConfig(num_workers=workers, use_gpu=True, cpus_per_worker=4.0, max_failures=5),
         stream=StreamConfig(num_tasks=6, cpus_per_task=1.0, slots_per_segment=96, memory_mb=4096),
     )

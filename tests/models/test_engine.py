@@ -12,7 +12,7 @@ import torch
 from omnimri.models.config import PRESETS, OmniMRIConfig, preset
 from omnimri.models.engine import Engine
 from omnimri.models.omnimri import INDEX_FILE, OmniMRI
-from omnimri.models.physics import SenseOperator, estimate_sens_maps, relative_residual
+from omnimri.models.physics import SenseOperator, estimate_sens_maps, fft2c, relative_residual, undersampling_mask
 from omnimri.models.preprocess import CONTRACT_FILE, CONTRACT_VERSION, Preprocess
 from omnimri.models.prompts import diagnosis_choices
 from omnimri.models.scan import Scan
@@ -152,7 +152,44 @@ def test_samples_give_an_uncertainty_map_and_a_seed_repeats_it(engine: Engine, s
     first, second = (engine.reconstruct(scan, prompt, num_steps=2, num_samples=2, seed=3) for _ in range(2))
     assert first.uncertainty.shape == scan.image.shape
     assert float(first.uncertainty.max()) > 0
-    np.testing.assert_array_equal(first.image, second.image)
+    np.testing.assert_array_equal(first.uncertainty, second.uncertainty)
+    assert not np.array_equal(
+        first.uncertainty, engine.reconstruct(scan, prompt, num_steps=2, num_samples=2, seed=4).uncertainty
+    )
+    np.testing.assert_array_equal(first.image, engine.reconstruct(scan, prompt, num_steps=2).image)
+
+
+def test_uncertainty_is_large_where_lines_are_missing_and_small_where_none_are(engine: Engine, scan: Scan) -> None:
+    """Fully sampled, the simulated acquisitions differ by noise alone."""
+    y, x = np.mgrid[-1:1:48j, -1:1:40j]
+    coils = np.stack([np.exp(-((y - cy) ** 2 + (x - cx) ** 2)) for cy, cx in ((-1, -1), (-1, 1), (1, -1), (1, 1))])
+    object_ = ((y**2 + x**2 < 0.8) * (1 + (np.abs(x) < 0.3))).astype(np.complex64)
+    kspace = fft2c(torch.from_numpy((coils * object_).astype(np.complex64)))[None].numpy()
+    spread = {}
+    for acceleration in (1, 4):
+        mask = undersampling_mask(40, acceleration=acceleration, center_fraction=0.1, seed=1)
+        image = np.abs(object_)[None].astype(np.float32)
+        one = replace(scan, image=image, kspace=kspace * mask, mask=mask)
+        prompt = engine.encode(one, "Reconstruct the image.", "reconstruct")
+        spread[acceleration] = engine.reconstruct(one, prompt, num_steps=1, num_samples=3).uncertainty.mean()
+    assert spread[1] < 0.2 * spread[4]
+
+
+@pytest.mark.parametrize("kind", ["equispaced", "random"])
+@pytest.mark.parametrize("acceleration", [2, 7, 12])
+def test_one_model_answers_any_acceleration_and_pattern_with_its_residual(
+    engine: Engine, rng: torch.Generator, acceleration: int, kind: str
+) -> None:
+    mask = undersampling_mask(100, acceleration=acceleration, center_fraction=0.04, kind=kind, seed=3)
+    kspace = torch.randn(2, 4, 48, 100, dtype=torch.complex64, generator=rng).numpy() * mask
+    one = Scan(
+        image=np.abs(kspace[:, 0]), affine=np.diag([-2.0, -2.0, 6.0, 1.0]), kspace=kspace, mask=mask,
+        facts={"contrast": "T2w"},
+    )  # fmt: skip
+    result = engine.reconstruct(one, engine.encode(one, "Reconstruct.", "reconstruct"), num_samples=2)
+    assert np.isfinite(result.image).all()
+    assert np.isfinite(result.uncertainty).all()
+    assert 0 < result.residual < 1
 
 
 def test_masks_come_back_on_the_native_grid(engine: Engine, scan: Scan) -> None:

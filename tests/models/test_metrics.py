@@ -157,3 +157,28 @@ def test_bootstrap_is_seeded_and_silent_where_it_cannot_say() -> None:
     )
     assert metrics.patient_bootstrap(statistic, ["a"] * 6) is None
     assert metrics.patient_bootstrap(lambda _: float("nan"), patients) is None
+
+
+def test_uncertainty_that_is_the_standard_deviation_of_the_error_is_calibrated() -> None:
+    rng = np.random.default_rng(0)
+    scale = 0.01 + 0.1 * np.kron(rng.random((4, 8, 8)), np.ones((1, 8, 8)))
+    target = np.ones_like(scale)
+    prediction = target + scale * rng.standard_normal(scale.shape)
+    scores = metrics.uncertainty_scores(target, prediction, scale)
+    assert scores["uncertainty_ratio"] == pytest.approx(1.0, abs=0.03)
+    assert scores["uncertainty_coverage"] == pytest.approx(0.954, abs=0.01)
+    assert scores["uncertainty_correlation"] > 0.9
+    timid = metrics.uncertainty_scores(target, prediction, 2 * scale)
+    assert timid["uncertainty_ratio"] == pytest.approx(2 * scores["uncertainty_ratio"])
+    assert timid["uncertainty_correlation"] == scores["uncertainty_correlation"]
+
+
+def test_uncertainty_is_scored_in_the_foreground_alone() -> None:
+    rng = np.random.default_rng(1)
+    target, spread = np.zeros((2, 32, 32)), 0.1 * rng.random((2, 32, 32))
+    target[:, :, 8:] = 1.0
+    prediction = target + spread * rng.standard_normal(target.shape)
+    scores = metrics.uncertainty_scores(target, prediction, spread)
+    prediction[:, :, :8] += 5.0
+    assert metrics.uncertainty_scores(target, prediction, spread) == scores
+    assert np.isnan(metrics.uncertainty_scores(target, target, spread)["uncertainty_ratio"])

@@ -136,12 +136,13 @@ class KnowingEngine:
         return probabilities / probabilities.sum()
 
     def reconstruct(self, scan: Scan, _: FakePrompt, **__: Any) -> SimpleNamespace:
-        """The truth with a little error, or for a garbled engine the image it was given."""
+        """The truth with an error that it knows, or for a garbled engine the image it was given and no doubt."""
         if self.garbled:
-            return SimpleNamespace(image=scan.image.astype(np.complex64))
+            return SimpleNamespace(image=scan.image.astype(np.complex64), uncertainty=np.zeros_like(scan.image))
         truth = self.rows[scan.facts["te_ms"]]["image"]
         start = (len(truth) - len(scan.image)) // 2
-        return SimpleNamespace(image=(truth[start : start + len(scan.image)] * 1.001).astype(np.complex64))
+        truth = truth[start : start + len(scan.image)]
+        return SimpleNamespace(image=(truth * 1.001).astype(np.complex64), uncertainty=0.001 * truth)
 
     def segment(self, scan: Scan, prompts: dict[str, FakePrompt], **_: Any) -> SimpleNamespace:
         return SimpleNamespace(masks={name: self._mask(scan, name, prompt) for name, prompt in prompts.items()})

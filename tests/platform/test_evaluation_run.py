@@ -19,8 +19,15 @@ from tests.platform.evaluation_fakes import KnowingLoader, phantom_row, write_ph
 
 CONFIG = EvaluateConfig(
     accelerations=(3,), center_fractions=(0.15,), max_slices=4, bootstrap_samples=100, tuning_volumes=1,
-    cg_weights=(0.005, 0.05), cg_steps=(5,), cases_per_task=2,
+    cg_weights=(0.005, 0.05), cg_steps=(5,), cs_weights=(0.003,), cs_steps=(20,), cases_per_task=2,
 )  # fmt: skip
+
+
+SETTINGS = {
+    "cg_sense": {3: SenseSetting()},
+    "l1_wavelet": {3: SenseSetting(0.003, 30)},
+    "total_variation": {3: SenseSetting(0.003, 40)},
+}
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +50,9 @@ def test_a_model_that_knows_the_truth_scores_perfectly(
     tasks = summary.tasks
     assert tasks["reconstruct"]["3x"][MODEL]["psnr"].value > 50
     assert tasks["reconstruct"]["3x"][MODEL]["psnr"].n == 3
+    assert tasks["reconstruct"]["3x"][MODEL]["uncertainty_correlation"].value > 0.99
+    assert tasks["reconstruct"]["3x"][MODEL]["uncertainty_ratio"].value == pytest.approx(1.0, rel=1e-3)
+    assert "uncertainty_ratio" not in tasks["reconstruct"]["3x"]["cg_sense"]
     assert tasks["segment"]["volume"][MODEL]["dice_tissues"].value == 1.0
     assert tasks["segment"]["volume"][MODEL]["dice_lesion"].n == 2
     assert tasks["segment"]["volume"][MODEL]["lesion_false_alarm"].value == 0.0
@@ -54,6 +64,8 @@ def test_a_model_that_knows_the_truth_scores_perfectly(
     assert tasks["report"]["volume"][BLANK]["omission_rate"].value == 1.0
     assert any("central 4 slices" in note for note in summary.notes)
     assert any("the best of 2 settings on split 'val'" in note for note in summary.notes)
+    assert any(note.startswith("Total variation at 3x: weight 0.003, 20 iterations") for note in summary.notes)
+    assert 0 < tasks["reconstruct"]["3x"]["l1_wavelet"]["residual"].value < 0.3
 
     written = json.loads((tmp_path / "summary.json").read_text())
     assert written["header"]["model_version"] == "fake-1"
@@ -78,7 +90,7 @@ def test_a_model_that_knows_the_truth_scores_perfectly(
 
 def _case(row: dict[str, Any], task: str, *, garbled: bool = True) -> CaseResult:
     context = CaseContext(
-        engine=KnowingLoader([row], garbled)(Path()), config=CONFIG, sense_settings={3: SenseSetting()},
+        engine=KnowingLoader([row], garbled)(Path()), config=CONFIG, settings=SETTINGS,
         frequencies=np.full(5, 0.2),
     )  # fmt: skip
     return RUNNERS[task](context, row | {"label_names": dict(row["label_names"])})
@@ -93,6 +105,8 @@ def test_a_model_that_returns_its_input_reconstructs_like_zero_filled() -> None:
     result = _case(phantom_row(1, split="test", patient=1), "reconstruct")
     assert _values(result)["psnr"] == pytest.approx(_values(result, "zero_filled_rss")["psnr"])
     assert _values(result)["psnr"] < _values(result, "cg_sense")["psnr"]
+    assert _values(result)["uncertainty_ratio"] == _values(result)["uncertainty_coverage"] == 0.0
+    assert np.isnan(_values(result)["uncertainty_correlation"])
     assert _values(result, "cg_sense")["residual"] < _values(result, "zero_filled")["residual"]
 
 
