@@ -40,7 +40,7 @@ def compare_backends(
     Returns:
         `prompts`, `identical`, `differences` (place, token of each, and by how much the logit of the transformers'
         token is above that of the other: near zero is a tie), `largest_logprob_gap` of equal answers, and for
-        `transformers`, `vllm` and `vllm_together` (all prompts at once) tokens, seconds and tokens per second.
+        `transformers` (one prompt after another) and `vllm` (all at once) tokens, seconds and tokens per second.
     """
     from omnimri.models.engine import Engine
 
@@ -51,7 +51,7 @@ def compare_backends(
     started = time.perf_counter()
     ours = [engine.generate_text(prompt, max_new_tokens=max_new_tokens) for prompt in prompts]
     seconds = time.perf_counter() - started
-    theirs, speeds = asyncio.run(_by_vllm(model, config, prompts, max_new_tokens))
+    theirs, vllm_seconds = asyncio.run(_by_vllm(model, config, prompts, max_new_tokens))
     differences = [
         {"prompt": number, "task": prompt.task, **_difference(engine, prompt, own, other)}
         for number, (prompt, own, other) in enumerate(zip(prompts, ours, theirs, strict=True))
@@ -64,7 +64,7 @@ def compare_backends(
         "differences": differences,
         "largest_logprob_gap": max(gaps, default=None),
         "transformers": _speed(ours, seconds),
-        **speeds,
+        "vllm": _speed(theirs, vllm_seconds),
     }
 
 
@@ -79,19 +79,16 @@ def _prompts(engine: Engine, shards: Shards, split: str) -> Iterator[Prompt]:
 
 async def _by_vllm(
     model: Path, config: TextConfig, prompts: Sequence[Prompt], max_new_tokens: int
-) -> tuple[list[TextAnswer], dict[str, Any]]:
+) -> tuple[list[TextAnswer], float]:
     backend = VllmBackend(str(model), config)
     sampling = {"max_new_tokens": max_new_tokens, "temperature": 0.0, "seed": 0}
     try:
         await backend.generate(prompts[0], **sampling)  # compiles
         started = time.perf_counter()
-        answers = [await backend.generate(prompt, **sampling) for prompt in prompts]
-        alone = time.perf_counter() - started
-        together = await asyncio.gather(*(backend.generate(prompt, **sampling) for prompt in prompts))
-        seconds = time.perf_counter() - started - alone
+        answers = await asyncio.gather(*(backend.generate(prompt, **sampling) for prompt in prompts))
+        return answers, time.perf_counter() - started
     finally:
         backend.engine.shutdown()
-    return answers, {"vllm": _speed(answers, alone), "vllm_together": _speed(together, seconds)}
 
 
 def _speed(answers: Sequence[TextAnswer], seconds: float) -> dict[str, float]:
