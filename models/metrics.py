@@ -186,6 +186,43 @@ def match_boxes(
     return DetectionMatch(tuple(pairs), num_reference, num_predicted)
 
 
+def froc_sensitivity(
+    scores: np.ndarray, right: np.ndarray, *, num_reference: int, num_volumes: int, false_positives: float
+) -> float:
+    """Share of reference boxes found at the lowest score that keeps to a number of false boxes per volume.
+
+    The free-response operating characteristic without interpolation: the best point that can be operated at.
+
+    Args:
+        scores: `(N,)` of the candidates of all volumes.
+        right: `(N,)` whether each found a reference box that no surer one had found.
+        num_reference: Reference boxes of all volumes.
+        num_volumes: Volumes, those without candidates included.
+        false_positives: Allowed per volume.
+    """
+    if not num_reference:
+        return float("nan")
+    order = np.argsort(-np.asarray(scores), kind="stable")
+    falling, hits = np.asarray(scores)[order], np.asarray(right, dtype=bool)[order]
+    found, false = np.cumsum(hits), np.cumsum(~hits)
+    is_threshold = np.append(falling[1:] != falling[:-1], True)[: len(falling)]  # equal scores come together
+    allowed = is_threshold & (false <= false_positives * num_volumes)
+    return float(found[allowed].max(initial=0) / num_reference)
+
+
+def expected_calibration_error(probabilities: np.ndarray, right: np.ndarray, *, num_bins: int = 10) -> float:
+    """Mean gap between probability and share of right ones, over bins of equal width weighted by their size.
+
+    Guo et al., On calibration of modern neural networks, ICML 2017. NaN without cases.
+    """
+    probabilities, right = np.asarray(probabilities, dtype=float), np.asarray(right, dtype=float)
+    if not len(probabilities):
+        return float("nan")
+    bins = np.minimum((probabilities * num_bins).astype(int), num_bins - 1)
+    gaps = np.bincount(bins, weights=probabilities - right, minlength=num_bins)
+    return float(np.abs(gaps).sum() / len(probabilities))
+
+
 def auroc(scores: np.ndarray, positives: np.ndarray) -> float:
     """Area under the ROC curve of `(N,)` scores; ties count half; NaN unless both classes occur.
 

@@ -43,10 +43,15 @@ class EvaluateConfig:
     """Longest text answer."""
     iou_threshold: float = 0.1
     """Overlap from which a predicted box has found a lesion."""
+    box_samples: int = 16
+    """Detection answers drawn beside the greedy one, whose boxes are the candidates of FROC and of the calibration."""
+    calibrate: bool = False
+    """Fit the scores of boxes on `tuning_split` first, and keep the fit in the checkpoint folder (`detection.json`),
+    with the labels of the training boxes, which boxes are then restricted to."""
     blank_tasks: tuple[str, ...] = ("segment", "detect", "diagnose", "report")
     """Tasks that are also run on a constant image, as the floor of what text and priors alone can do."""
     tuning_split: str = "val"
-    """Split that CG-SENSE and compressed sensing are tuned on; never the scored one."""
+    """Split that CG-SENSE, compressed sensing and the scores of boxes are tuned on; never the scored one."""
     tuning_volumes: int = 3
     tuning_slices: int = 4
     """Central slices of each tuning volume."""
@@ -87,7 +92,7 @@ class EvaluateConfig:
             )
         if self.split == self.tuning_split:
             raise ValueError(
-                f"EvaluateConfig: CG-SENSE may not be tuned on the scored split ({self.split}). Set tuning_split."
+                f"EvaluateConfig: nothing may be tuned on the scored split ({self.split}). Set tuning_split."
             )
         if self.uncertainty_samples == 1 or self.uncertainty_samples < 0:
             raise ValueError(

@@ -23,6 +23,7 @@ from omnimri.models.vocabulary import RESEARCH_NOTICE
 from omnimri.platform.data.shards import RowRef, Shards, load_row, row_to_scan
 from omnimri.platform.evaluation import baselines
 from omnimri.platform.evaluation.baselines import SenseSetting
+from omnimri.platform.evaluation.calibration import calibrate_boxes
 from omnimri.platform.evaluation.cases import MODEL, Record, columns_of
 from omnimri.platform.evaluation.config import EvaluateConfig
 from omnimri.platform.evaluation.measures import METHOD_LABELS
@@ -73,6 +74,10 @@ def evaluate(
             "Ingest annotated data, or choose another --split."
         )
     settings, tuning_notes = tune_iterative(shards, config) if "reconstruct" in config.tasks else ({}, [])
+    if config.calibrate and "detect" in config.tasks:
+        held_out = shards.select(split=config.tuning_split, has_boxes=True).rows
+        chosen = spread_over_patients(held_out, config.volume_limit("detect"))
+        notes += calibrate_boxes(model_dir, shards, chosen, config, engine_loader)
     frequencies = baselines.class_frequencies(_training_classes(shards) if "diagnose" in config.tasks else {})
     records, skipped, version = _run(
         units, out, config, model_dir=model_dir, engine_loader=engine_loader, settings=settings,

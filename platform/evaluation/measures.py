@@ -56,6 +56,25 @@ def _f1(matched: str, predicted: str, reference: str) -> Callable[[Table], float
     return compute
 
 
+def _froc(false_positives: float) -> Callable[[Table], float]:
+    def compute(table: Table) -> float:
+        is_box = table["box_scores"] >= 0
+        return metrics.froc_sensitivity(
+            table["box_scores"][is_box], table["box_right"][is_box], num_reference=int(table["num_reference"].sum()),
+            num_volumes=len(is_box), false_positives=false_positives,
+        )  # fmt: skip
+
+    return compute
+
+
+def _calibration_error(column: str) -> Callable[[Table], float]:
+    def compute(table: Table) -> float:
+        is_box = table[column] >= 0
+        return metrics.expected_calibration_error(table[column][is_box], table["box_right"][is_box])
+
+    return compute
+
+
 def _classes(score: Callable[[np.ndarray, np.ndarray], float]) -> Callable[[Table], float]:
     return lambda table: score(table["truth"], table["probabilities"].argmax(axis=1))
 
@@ -124,6 +143,12 @@ METRICS: dict[str, dict[str, Metric]] = {
             "Reference boxes found, all volumes pooled; greedy matching, label not considered.",
             undefined="no box in the reference",
         ),
+        "sensitivity_1fp": Metric(
+            "Sensitivity at 1 false box per volume", _froc(1.0), ("num_candidates",),
+            "FROC: reference boxes found by candidates of the greedy and of drawn answers, above the lowest score that "
+            "keeps to one false box per volume on average; boxes that overlap a surer one do not count.",
+            undefined="no box in the reference",
+        ),
         "precision": Metric(
             "Precision", _ratio("matched", "num_predicted"), ("matched", "num_predicted"),
             "Predicted boxes that found a reference box.",
@@ -144,6 +169,16 @@ METRICS: dict[str, dict[str, Metric]] = {
         "side_accuracy": Metric(
             "Side accuracy", _mean("side_correct"), ("side_correct",),
             "Volumes with a lesion whose largest predicted box names the side of the largest reference box.",
+        ),
+        "ece_raw": Metric(
+            "ECE, probability of a box's tokens", _calibration_error("box_raw"), ("num_candidates",),
+            "Expected calibration error of the candidates, 10 bins, before calibration.", "", 3, False,
+            undefined="no candidate",
+        ),
+        "ece": Metric(
+            "ECE, calibrated score", _calibration_error("box_scores"), ("num_calibrated",),
+            "As above after calibration on the tuning split (detection.json of the checkpoint).", "", 3, False,
+            undefined="no candidate",
         ),
         "parse_rate": Metric("Readable answers", _mean("parsed"), ("parsed",), "Answers that follow the box format."),
         "seconds": _SECONDS,
@@ -199,7 +234,7 @@ METRICS: dict[str, dict[str, Metric]] = {
 HEADLINE = {
     "reconstruct": ("psnr", "ssim"),
     "segment": ("dice_tissues", "dice_lesion"),
-    "detect": ("sensitivity", "precision"),
+    "detect": ("sensitivity", "precision", "sensitivity_1fp", "ece_raw", "ece"),
     "diagnose": ("balanced_accuracy", "macro_auroc"),
     "report": ("label_f1", "hallucination_rate"),
 }

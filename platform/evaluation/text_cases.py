@@ -11,7 +11,7 @@ import numpy as np
 
 from omnimri.models import metrics
 from omnimri.models.boxes import Box
-from omnimri.models.prompts import diagnosis_choices, instruction_for, untagged
+from omnimri.models.prompts import diagnosis_choices, instruction_for
 from omnimri.models.scan import Scan
 from omnimri.models.vocabulary import DIAGNOSES
 from omnimri.platform.data.shards import row_to_scan
@@ -19,6 +19,9 @@ from omnimri.platform.evaluation import baselines
 from omnimri.platform.evaluation.cases import BLANK, MODEL, CaseContext, CaseResult, base_picture, recorder, timed
 from omnimri.platform.evaluation.figures import orient_slice
 from omnimri.platform.evaluation.text import LEXICAL, ReportCounts, compare_reports, label_text, missing_package
+
+MAX_CANDIDATES = 64
+"""Of a volume, the surest ones."""
 
 
 def detect_case(context: CaseContext, row: Mapping[str, Any]) -> CaseResult:
@@ -30,21 +33,25 @@ def detect_case(context: CaseContext, row: Mapping[str, Any]) -> CaseResult:
     ]
     texts = {"reference": [asdict(box) for box in reference]}
     (answer, boxes), seconds = timed(lambda: _model_boxes(context, scan, scan))
-    values = detection_values(reference, boxes, context.config.iou_threshold) | {"seconds": seconds}
+    threshold = context.config.iou_threshold
+    values = detection_values(reference, boxes, threshold) | {"seconds": seconds}
+    values |= _candidates(context, scan, scan, answer, reference)
     predicted = [asdict(box) for box in boxes or []]
-    records = [record(condition, MODEL, values, answer=answer, predicted=predicted, **texts)]
+    records = [record(condition, MODEL, values, answer=answer.text, predicted=predicted, **texts)]
     if "detect" in context.config.blank_tasks:
-        blank_answer, blank = _model_boxes(context, baselines.blank_scan(scan), scan)
-        blank_values = detection_values(reference, blank, context.config.iou_threshold)
-        records.append(record(condition, BLANK, blank_values, answer=blank_answer, **texts))
+        unseen = baselines.blank_scan(scan)
+        blank_answer, blank = _model_boxes(context, unseen, scan)
+        blank_values = detection_values(reference, blank, threshold)
+        blank_values |= _candidates(context, unseen, scan, blank_answer, reference)
+        records.append(record(condition, BLANK, blank_values, answer=blank_answer.text, **texts))
     shown = _box_slice(reference or boxes or [], len(scan.image))
     picture = base_picture(scan.image, scan, shown, "image")
     picture |= _rectangles("reference", reference, shown, scan) | _rectangles("predicted", boxes or [], shown, scan)
     return CaseResult(records, picture)
 
 
-def _model_boxes(context: CaseContext, seen: Scan, scan: Scan) -> tuple[str, list[Box] | None]:
-    """The answer to `seen` and its boxes on the grid of `scan`; None where the answer cannot be read."""
+def _model_boxes(context: CaseContext, seen: Scan, scan: Scan) -> tuple[Any, list[Box] | None]:
+    """The greedy answer to `seen` and its boxes on the grid of `scan`; None where the answer cannot be read."""
     answer = _answer(context, seen, "detect")
     try:
         return answer, context.engine.boxes(answer, scan)
@@ -52,7 +59,40 @@ def _model_boxes(context: CaseContext, seen: Scan, scan: Scan) -> tuple[str, lis
         return answer, None
 
 
-def detection_values(reference: list[Box], predicted: list[Box] | None, iou_threshold: float) -> dict[str, float]:
+def _candidates(context: CaseContext, seen: Scan, scan: Scan, greedy: Any, reference: list[Box]) -> dict[str, Any]:
+    """Candidate boxes of the greedy and of drawn answers to `seen`, and which of them are right; see `box_table`."""
+    config, engine = context.config, context.engine
+    if not config.box_samples:
+        return {}
+    prompt = engine.encode(seen, instruction_for("detect"), "detect")
+    drawn = engine.sample_texts(prompt, config.box_samples, max_new_tokens=config.max_new_tokens, seed=config.seed)
+    try:
+        boxes = engine.candidates([greedy, *drawn], scan)[:MAX_CANDIDATES]
+    except ValueError:  # as above
+        boxes = []
+    return box_table(boxes, reference, config.iou_threshold, is_calibrated=engine.detection.calibration is not None)
+
+
+def box_table(boxes: list[Box], reference: list[Box], iou_threshold: float, *, is_calibrated: bool) -> dict[str, Any]:
+    """Scores of candidates and whether each is right, padded with -1 to `MAX_CANDIDATES`.
+
+    `box_raw` is the probability of a box's tokens, `box_scores` the score; `num_calibrated` has a value where they
+    differ.
+    """
+    scores = [float(box.score or 0.0) for box in boxes]
+    match = metrics.match_boxes(_corners(reference), _corners(boxes), iou_threshold=iou_threshold, scores=scores)
+    found = {index for _, index in match.pairs}
+    padding = [-1.0] * (MAX_CANDIDATES - len(boxes))
+    return {
+        "num_candidates": len(boxes),
+        "num_calibrated": len(boxes) if is_calibrated else math.nan,
+        "box_scores": scores + padding,
+        "box_raw": [math.exp(box.logprob or 0.0) for box in boxes] + padding,
+        "box_right": [float(index in found) for index in range(len(boxes))] + padding,
+    }
+
+
+def detection_values(reference: list[Box], predicted: list[Box] | None, iou_threshold: float) -> dict[str, Any]:
     """Counts of one volume; boxes match whatever their label, and the label is scored on the matched ones.
 
     `side_correct`: whether the largest predicted box names the side of the largest reference box, where there is one;
@@ -139,12 +179,12 @@ def _model_probabilities(context: CaseContext, scan: Scan) -> np.ndarray:
 def report_case(context: CaseContext, row: Mapping[str, Any]) -> CaseResult:
     """Findings of the generated report against those of the row's report."""
     record, scan, reference = recorder(row, "report"), row_to_scan(row), row["report"]
-    answer, seconds = timed(lambda: untagged(_answer(context, scan, "report")))
+    answer, seconds = timed(lambda: _answer(context, scan, "report").readable)
     agreement = {"labeller_agrees": _labeller_agreement(row)}
     values = report_values(reference, answer) | agreement | {"seconds": seconds}
     records = [record("volume", MODEL, values, reference=reference, answer=answer)]
     if "report" in context.config.blank_tasks:
-        blank = untagged(_answer(context, baselines.blank_scan(scan), "report"))
+        blank = _answer(context, baselines.blank_scan(scan), "report").readable
         records.append(record("volume", BLANK, report_values(reference, blank), reference=reference, answer=blank))
     return CaseResult(records, base_picture(scan.image, scan, _shown(row), "image"))
 
@@ -169,9 +209,9 @@ def _labeller_agreement(row: Mapping[str, Any]) -> float:
     return float(label_text(row["report"]) == {(box["label"], box["side"]) for box in row["boxes"]})
 
 
-def _answer(context: CaseContext, scan: Scan, task: str) -> str:
-    """Greedy text answer, with its tags."""
+def _answer(context: CaseContext, scan: Scan, task: str) -> Any:
+    """Greedy text answer (`TextAnswer`)."""
     prompt = context.engine.encode(scan, instruction_for(task), task)
     return context.engine.generate_text(
         prompt, max_new_tokens=context.config.max_new_tokens, temperature=0.0, seed=context.config.seed
-    ).text
+    )

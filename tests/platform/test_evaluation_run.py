@@ -1,5 +1,6 @@
 """The whole evaluation on phantoms, with an engine that knows the truth and one that is wrong about everything."""
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,11 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from omnimri.models.boxes import Box
+from omnimri.models.detection import read_detection
 from omnimri.platform.data.shards import Shards
 from omnimri.platform.evaluation.baselines import SenseSetting
+from omnimri.platform.evaluation.calibration import fit_platt
 from omnimri.platform.evaluation.cases import BLANK, MODEL, CaseContext, CaseResult
 from omnimri.platform.evaluation.config import EvaluateConfig
 from omnimri.platform.evaluation.evaluate import evaluate, log_evaluation, plan, spread_over_patients
+from omnimri.platform.evaluation.text_cases import box_table
 from omnimri.platform.evaluation.workers import RUNNERS
 from omnimri.platform.tracking import Tracker, connect
 from tests.platform.evaluation_fakes import KnowingLoader, phantom_row, write_phantoms
@@ -114,6 +119,53 @@ def test_an_unreadable_box_answer_is_counted_and_finds_nothing() -> None:
     values = _values(_case(phantom_row(1, split="test", patient=1), "detect"))
     assert values["parsed"] == 0.0
     assert (values["matched"], values["num_reference"], values["side_correct"]) == (0, 1, 0.0)
+
+
+def test_candidates_are_matched_in_falling_order_of_score() -> None:
+    box = {"label": "old infarct", "side": "left"}
+    reference = [Box(**box, box_voxel=(0, 0, 0, 4, 4, 4))]
+    candidates = [
+        Box(**box, box_voxel=(0, 0, 0, 4, 4, 3), score=0.9, logprob=-1.0),
+        Box(**box, box_voxel=(0, 0, 0, 4, 4, 4), score=0.2, logprob=-3.0),
+    ]
+    table = box_table(candidates, reference, 0.1, is_calibrated=True)
+    assert table["box_right"][:3] == [1.0, 0.0, -1.0]
+    assert table["box_scores"][:3] == [0.9, 0.2, -1.0]
+    assert table["box_raw"][:2] == pytest.approx([np.exp(-1), np.exp(-3)])
+    assert table["num_candidates"] == table["num_calibrated"] == 2
+    assert np.isnan(box_table([], [], 0.1, is_calibrated=False)["num_calibrated"])
+
+
+def test_platt_finds_the_map_that_made_the_outcomes() -> None:
+    rng = np.random.default_rng(0)
+    logprobs = rng.uniform(-40, -5, 20_000)
+    right = rng.random(20_000) < 1 / (1 + np.exp(-(0.2 * logprobs + 3)))
+    fit = fit_platt(np.exp(logprobs), right, split="val", data_digest="d")
+    assert (fit.slope, fit.intercept) == (pytest.approx(0.2, rel=0.05), pytest.approx(3, rel=0.05))
+    assert fit.num_right == right.sum()
+    assert fit_platt(np.exp(logprobs), ~right, split="val", data_digest="d") is None
+    assert fit_platt(np.exp(logprobs), np.ones_like(right), split="val", data_digest="d") is None
+
+
+@pytest.mark.slow
+def test_scores_are_calibrated_on_the_tuning_split_and_kept_with_the_checkpoint(
+    tmp_path: Path, ray_cluster: None
+) -> None:
+    patients = {5: "train", 1: "val", 2: "val", 3: "test", 4: "test"}
+    rows = [phantom_row(i, split=patients[i], patient=i, kspace=False) for i in patients]
+    shards = write_phantoms(tmp_path / "data", rows)
+    config = dataclasses.replace(CONFIG, tasks=("detect",), calibrate=True)
+    model = tmp_path / "model"
+    model.mkdir()
+    summary = evaluate(model, shards, tmp_path / "out", config, engine_loader=KnowingLoader(rows))
+    detection = read_detection(model)
+    assert detection.calibration.split == "val"
+    assert detection.calibration.data_digest == shards.digest
+    assert detection.labels == ("old infarct",)
+    values = summary.tasks["detect"]["iou_0.1"][MODEL]
+    assert values["sensitivity_1fp"].value == 1.0
+    assert values["ece"].value < values["ece_raw"].value
+    assert any("calibrated on" in note for note in summary.notes)
 
 
 def test_an_invented_finding_counts_as_hallucination_and_omission() -> None:
