@@ -11,29 +11,34 @@ from transformers import Qwen2Config, Qwen2Model, Qwen2MoeConfig, Qwen2MoeForCau
 from omnimri.models.config import BackboneConfig, TextEncoderConfig
 
 
+def moe_config(config: BackboneConfig) -> Qwen2MoeConfig:
+    """The configuration that transformers and vLLM read."""
+    return Qwen2MoeConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.shared_width,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        num_key_value_heads=config.num_kv_heads,
+        num_experts=config.num_experts,
+        num_experts_per_tok=config.experts_per_token,
+        moe_intermediate_size=config.expert_width,
+        shared_expert_intermediate_size=config.shared_width,
+        norm_topk_prob=True,
+        decoder_sparse_step=1,
+        max_position_embeddings=config.max_positions,
+        tie_word_embeddings=config.tie_embeddings,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        rms_norm_eps=config.norm_eps,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+
+
 def build_backbone(config: BackboneConfig) -> Qwen2MoeForCausalLM:
     """A freshly initialised backbone; its saved folder is served by vLLM as it is."""
-    return Qwen2MoeForCausalLM(
-        Qwen2MoeConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.shared_width,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=config.num_heads,
-            num_key_value_heads=config.num_kv_heads,
-            num_experts=config.num_experts,
-            num_experts_per_tok=config.experts_per_token,
-            moe_intermediate_size=config.expert_width,
-            shared_expert_intermediate_size=config.shared_width,
-            norm_topk_prob=True,
-            decoder_sparse_step=1,
-            max_position_embeddings=config.max_positions,
-            tie_word_embeddings=config.tie_embeddings,
-            pad_token_id=0,
-            bos_token_id=None,
-            eos_token_id=None,
-        )
-    )
+    return Qwen2MoeForCausalLM(moe_config(config))
 
 
 def build_text_encoder(config: TextEncoderConfig, vocab_size: int) -> Qwen2Model:

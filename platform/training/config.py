@@ -180,6 +180,9 @@ class RunConfig:
     tokenizer: str | None = None
     """Local folder of a Qwen2.5 checkpoint whose tokenizer a new model takes, with our special tokens in rows of the
     vocabulary that it leaves free; None trains a byte-level BPE on the texts of the training volumes."""
+    backbone: str | None = None
+    """Local folder of a mixture of experts, as `omnimri upcycle` writes it, whose weights and tokenizer a new model
+    takes; None begins with a fresh backbone."""
     pack_length: int | None = None
     """Tokens of a row that several short sequences share, each computed as if alone; None gives each its own row. Only
     speed and memory depend on it."""
@@ -190,6 +193,8 @@ class RunConfig:
         check_flags(self.exclude_flags)
         if self.pack_length is not None and self.pack_length < 1:
             raise ValueError(f"RunConfig.pack_length must be 1 or more, or none; found {self.pack_length}.")
+        if self.tokenizer is not None and self.backbone is not None:
+            raise ValueError("RunConfig.tokenizer must be none with RunConfig.backbone, whose folder holds the tokenizer.")
         if self.zero.offload == "cpu" and self.zero.stage >= 2:
             accumulating = [name for name in STAGES if self.stage(name).accumulation > 1]
             if accumulating:

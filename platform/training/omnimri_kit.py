@@ -23,6 +23,7 @@ from omnimri.models.omnimri import OmniMRI, read_index
 from omnimri.models.preprocess import Preprocess, read_preprocess
 from omnimri.models.prompts import diagnosis_choices
 from omnimri.models.tokenizer import adopt_tokenizer, load_tokenizer, train_tokenizer
+from omnimri.models.upcycling import check_shape, load_backbone
 from omnimri.models.vocabulary import STRUCTURES
 from omnimri.platform.data.licences import ANY, count_licences, licensed
 from omnimri.platform.data.shards import RowRef, Shards, StudyRef, load_row, studies
@@ -71,6 +72,8 @@ class OmniMRIKit:
     """Leave out what a model wrote about the volumes."""
     tokenizer: str | None = None
     """Folder of a Qwen2.5 checkpoint whose tokenizer is taken; None trains one on the texts of the rows."""
+    backbone: str | None = None
+    """Folder of a mixture of experts that a new model begins with, its tokenizer too; see `omnimri.models.upcycling`."""
     pack_length: int | None = None
     """See `omnimri.models.collate.collate`."""
 
@@ -131,10 +134,13 @@ class OmniMRIKit:
     def build_tokenizer(self, data: Sequence[str], config: OmniMRIConfig, folder: Path) -> None:
         """See `Kit`."""
         vocab_size = config.backbone.vocab_size
-        if self.tokenizer is None:
+        if self.backbone is not None:
+            check_shape(self.backbone, config.backbone)
+        pretrained = self.backbone or self.tokenizer
+        if pretrained is None:
             tokenizer = train_tokenizer(corpus_texts(self._rows(data)), vocab_size)
         else:
-            tokenizer = adopt_tokenizer(self.tokenizer, vocab_size)
+            tokenizer = adopt_tokenizer(pretrained, vocab_size)
         tokenizer.save_pretrained(folder)
 
     def load_tokenizer(self, folder: Path) -> PreTrainedTokenizerBase:
@@ -149,7 +155,10 @@ class OmniMRIKit:
                 f"The tokenizer has {len(tokenizer)} entries, the backbone {config.backbone.vocab_size}; raise "
                 "BackboneConfig.vocab_size or train the tokenizer anew."
             )
-        return OmniMRI(config)
+        model = OmniMRI(config)
+        if self.backbone is not None:
+            load_backbone(model.backbone, self.backbone, config.backbone)
+        return model
 
     def load(self, folder: Path, config: OmniMRIConfig) -> OmniMRI:
         """See `Kit`."""

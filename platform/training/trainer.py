@@ -196,6 +196,7 @@ def default_kit(run: RunConfig) -> Kit:
         exclude_generated=run.exclude_generated,
         view=run.view,
         tokenizer=run.tokenizer,
+        backbone=None if run.backbone is None else str(Path(run.backbone).absolute()),  # workers stand elsewhere
         pack_length=run.pack_length,
     )
 
@@ -212,6 +213,8 @@ def make_job(
     """Find the model and tokenizer to start from, and settle what the stage's results depend on."""
     start = starting_folder(stage, run, init)
     settings = {**run.stage_settings(stage), "init": None if start is None else folder_digest(start)}
+    if start is None and run.backbone is not None:
+        settings["backbone"] = folder_digest(Path(run.backbone))
     return StageJob(
         stage=stage,
         run=run,
