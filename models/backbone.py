@@ -4,9 +4,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2Model, Qwen2MoeConfig, Qwen2MoeForCausalLM
+from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeExperts, Qwen2MoeTopKRouter
 
 from omnimri.models.config import BackboneConfig, TextEncoderConfig
 
@@ -37,8 +40,42 @@ def moe_config(config: BackboneConfig) -> Qwen2MoeConfig:
 
 
 def build_backbone(config: BackboneConfig) -> Qwen2MoeForCausalLM:
-    """A freshly initialised backbone; its saved folder is served by vLLM as it is."""
-    return Qwen2MoeForCausalLM(moe_config(config))
+    """A freshly initialised backbone; its saved folder is served by vLLM as it is.
+
+    In float32 it computes what transformers' own does, bit by bit; under autocast its routers stay in float32, and its
+    experts, whose products autocast does not know, do not.
+    """
+    backbone = Qwen2MoeForCausalLM(moe_config(config))
+    for module in backbone.modules():
+        if isinstance(module, Qwen2MoeTopKRouter):
+            module.__class__ = Float32Router  # parameters, names and initial values are those of the original
+        elif isinstance(module, Qwen2MoeExperts):
+            module.__class__ = AutocastExperts
+    return backbone
+
+
+class Float32Router(Qwen2MoeTopKRouter):
+    """Router whose logits are float32 under autocast too: rounded, they change which experts are chosen."""
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits `(B * T, E)`, weights and numbers of the chosen experts `(B * T, k)` of states `(..., H)`."""
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            return super().forward(hidden_states.float())
+
+
+class AutocastExperts(Qwen2MoeExperts):
+    """Experts in autocast's number type; grouped products are not on its list."""
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """States `(B * T, H)` of the tokens' chosen experts, weighted and summed."""
+        device = hidden_states.device.type
+        if not torch.is_autocast_enabled(device):
+            return super().forward(hidden_states, top_k_index, top_k_weights)
+        dtype = torch.get_autocast_dtype(device)
+        rounded = copy.copy(self)
+        rounded._parameters = {name: value.to(dtype) for name, value in self._parameters.items()}
+        with torch.autocast(device, enabled=False):
+            return Qwen2MoeExperts.forward(rounded, hidden_states.to(dtype), top_k_index, top_k_weights.to(dtype))
 
 
 def build_text_encoder(config: TextEncoderConfig, vocab_size: int) -> Qwen2Model:

@@ -51,7 +51,7 @@ class QueryConnector(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """`(B, K, H)` to `(B, K, P)`; bidirectional over the queries."""
-        return self.output_norm(self.encoder(self.input(states)))
+        return self.output_norm(self.encoder(self.input(states)).float())
 
 
 class ClipHead(nn.Module):
@@ -95,6 +95,14 @@ class OmniMRI(nn.Module):
 
     def parts(self) -> dict[str, nn.Module]:
         return dict(self.named_children())
+
+    def checkpoint_activations(self) -> None:
+        """Compute activations again in the backward pass instead of keeping them, layer by layer, in every part."""
+        for module in self.modules():
+            if hasattr(module, "gradient_checkpointing_enable") and module in self.parts().values():
+                module.gradient_checkpointing_enable({"use_reentrant": False})
+            elif hasattr(module, "use_checkpoint"):  # MONAI's blocks, and our trunk
+                module.use_checkpoint = True
 
     @property
     def num_visual_tokens(self) -> int:

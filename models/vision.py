@@ -68,8 +68,8 @@ class VisionEncoder(nn.Module):
 
 
 def visual_tokens(pyramid: list[Tensor]) -> Tensor:
-    """The coarsest map as tokens `(B, N, V)` in z-major raster order, layer-normed without affine."""
-    tokens = rearrange(pyramid[-1], "b v d h w -> b (d h w) v")
+    """The coarsest map as float32 tokens `(B, N, V)` in z-major raster order, layer-normed without affine."""
+    tokens = rearrange(pyramid[-1], "b v d h w -> b (d h w) v").float()
     return nn.functional.layer_norm(tokens, tokens.shape[-1:])
 
 

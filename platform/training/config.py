@@ -72,6 +72,11 @@ class TrainConfig:
     """Steps between two looks at held-out rows; None never looks."""
     validate_batches: int = 1
     """Batches of each source that a look takes, always the same ones."""
+    activation_checkpointing: bool = False
+    """Keep only the inputs of each layer and compute the rest again in the backward pass: less memory, a third more
+    time, the same gradients."""
+    ema_decay: float | None = None
+    """Decay of the average of the weights over the steps, of which the model folder is then made; None has none."""
     checkpoint_frozen: bool = True
     """Keep parameters that do not learn in the checkpoint too; without them it is smaller."""
 
@@ -81,6 +86,8 @@ class TrainConfig:
                 raise ValueError(f"TrainConfig.{name} must be at least 1, found {getattr(self, name)}.")
         if self.lr <= 0:
             raise ValueError(f"TrainConfig.lr must be positive, found {self.lr}.")
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise ValueError(f"TrainConfig.ema_decay must lie in [0, 1) or be none, found {self.ema_decay}.")
         if not 0 <= self.warmup_share < 1:
             raise ValueError(f"TrainConfig.warmup_share must lie in [0, 1), found {self.warmup_share}.")
         if self.ratio is not None and (unknown := set(self.ratio) - set(KINDS)):
@@ -194,7 +201,9 @@ class RunConfig:
         if self.pack_length is not None and self.pack_length < 1:
             raise ValueError(f"RunConfig.pack_length must be 1 or more, or none; found {self.pack_length}.")
         if self.tokenizer is not None and self.backbone is not None:
-            raise ValueError("RunConfig.tokenizer must be none with RunConfig.backbone, whose folder holds the tokenizer.")
+            raise ValueError(
+                "RunConfig.tokenizer must be none with RunConfig.backbone, whose folder holds the tokenizer."
+            )
         if self.zero.offload == "cpu" and self.zero.stage >= 2:
             accumulating = [name for name in STAGES if self.stage(name).accumulation > 1]
             if accumulating:
@@ -216,7 +225,11 @@ class RunConfig:
         """Everything that decides what a stage computes, and nothing of where it runs."""
         return {
             "model": _plain(asdict(self.model)),
-            "train": {k: v for k, v in _plain(asdict(self.stage(stage))).items() if k not in _OPERATIONAL},
+            "train": {
+                name: value
+                for name, value in _plain(asdict(self.stage(stage))).items()
+                if name not in _OPERATIONAL and (name, value) not in _WITHOUT
+            },
             "precision": self.zero.precision,
             "gradient_clipping": self.zero.gradient_clipping,
             **({"view": _plain(self.view)} if self.view else {}),
@@ -225,8 +238,12 @@ class RunConfig:
 
 _OPERATIONAL = {
     "log_every", "checkpoint_every", "checkpoint_async", "checkpoint_frozen", "validate_every", "validate_batches",
+    "activation_checkpointing",
 }  # fmt: skip
 """Fields of `TrainConfig` that may change between a start and a resume."""
+
+_WITHOUT = (("ema_decay", None),)
+"""Fields that say nothing where they are not used: settings from before there was such a field compare equal."""
 
 
 def expand_overrides(assignments: Sequence[str], stages: Sequence[str]) -> list[str]:

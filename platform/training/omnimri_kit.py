@@ -73,7 +73,7 @@ class OmniMRIKit:
     tokenizer: str | None = None
     """Folder of a Qwen2.5 checkpoint whose tokenizer is taken; None trains one on the texts of the rows."""
     backbone: str | None = None
-    """Folder of a mixture of experts that a new model begins with, its tokenizer too; see `omnimri.models.upcycling`."""
+    """Folder of a mixture of experts that a new model begins with, its tokenizer too (`omnimri.models.upcycling`)."""
     pack_length: int | None = None
     """See `omnimri.models.collate.collate`."""
 
@@ -179,6 +179,11 @@ class OmniMRIKit:
         """See `Kit`."""
         assert isinstance(model, OmniMRI)
         return collate(samples, sequence_builder(model.config, tokenizer), pack_length=self.pack_length)
+
+    def checkpoint_activations(self, model: nn.Module) -> None:
+        """See `Kit`."""
+        assert isinstance(model, OmniMRI)
+        model.checkpoint_activations()
 
     def parts(self, model: nn.Module) -> Mapping[str, nn.Module]:
         """See `Kit`."""
