@@ -7,6 +7,8 @@ from __future__ import annotations
 import copy
 
 import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2Model, Qwen2MoeConfig, Qwen2MoeForCausalLM
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeExperts, Qwen2MoeTopKRouter
@@ -52,6 +54,25 @@ def build_backbone(config: BackboneConfig) -> Qwen2MoeForCausalLM:
         elif isinstance(module, Qwen2MoeExperts):
             module.__class__ = AutocastExperts
     return backbone
+
+
+_ADAPTED = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def add_adapters(backbone: Qwen2MoeForCausalLM, rank: int) -> None:
+    """Freeze the backbone but for low-rank updates of attention and shared experts (LoRA, arXiv 2106.09685).
+
+    The updates begin at zero. Routed experts, routers, norms and embeddings stay as they are.
+    """
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=_ADAPTED), backbone)
+
+
+def merge_adapters(backbone: Qwen2MoeForCausalLM) -> None:
+    """Add the updates to the weights, and leave the plain model that transformers and vLLM read."""
+    for path, layer in [(path, module) for path, module in backbone.named_modules() if isinstance(module, LoraLayer)]:
+        layer.merge()
+        parent, _, name = path.rpartition(".")
+        setattr(backbone.get_submodule(parent), name, layer.get_base_layer())
 
 
 class Float32Router(Qwen2MoeTopKRouter):

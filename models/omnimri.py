@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from omnimri.models.backbone import build_backbone, build_text_encoder
+from omnimri.models.backbone import build_backbone, build_text_encoder, merge_adapters
 from omnimri.models.config import OmniMRIConfig
 from omnimri.models.flow_head import FlowHead
 from omnimri.models.image_decoder import ImageDecoder
@@ -157,7 +157,7 @@ class OmniMRI(nn.Module):
     def save(
         self, folder: Path | str, tokenizer: PreTrainedTokenizerBase, *, version: str, run: Mapping[str, Any]
     ) -> None:
-        """Write the checkpoint folder. Parts that this object does not hold are not written.
+        """Write the checkpoint folder, adapters merged. Parts that this object does not hold are not written.
 
         Args:
             folder: Made if absent; files of the same name are replaced.
@@ -165,6 +165,8 @@ class OmniMRI(nn.Module):
             version: What answers will quote.
             run: Configuration of the run that made it, JSON-able.
         """
+        if hasattr(self, "backbone"):
+            merge_adapters(self.backbone)
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name, part in self.parts().items():

@@ -121,6 +121,9 @@ def build_modules(job: StageJob, stage: Stage, tokenizer: Any) -> tuple[nn.Modul
     else:
         model = job.kit.load(Path(job.init), job.run.model)
     train_only(job.kit.parts(model), stage.trains)
+    rank = job.run.stage(stage.name).lora_rank
+    if rank is not None and "backbone" in stage.trains:
+        job.kit.add_adapters(model, rank)
     if job.run.stage(stage.name).activation_checkpointing:
         job.kit.checkpoint_activations(model)
     objective = job.kit.objective(stage.objective, model, job.run.stage(stage.name).objective)

@@ -77,6 +77,9 @@ class TrainConfig:
     time, the same gradients."""
     ema_decay: float | None = None
     """Decay of the average of the weights over the steps, of which the model folder is then made; None has none."""
+    lora_rank: int | None = None
+    """Rank of the updates of the backbone (LoRA), which is frozen but for them and published with them merged; None
+    trains all of it. Stages that do not train the backbone have no use for it."""
     checkpoint_frozen: bool = True
     """Keep parameters that do not learn in the checkpoint too; without them it is smaller."""
 
@@ -88,6 +91,8 @@ class TrainConfig:
             raise ValueError(f"TrainConfig.lr must be positive, found {self.lr}.")
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
             raise ValueError(f"TrainConfig.ema_decay must lie in [0, 1) or be none, found {self.ema_decay}.")
+        if self.lora_rank is not None and self.lora_rank < 1:
+            raise ValueError(f"TrainConfig.lora_rank must be 1 or more, or none; found {self.lora_rank}.")
         if not 0 <= self.warmup_share < 1:
             raise ValueError(f"TrainConfig.warmup_share must lie in [0, 1), found {self.warmup_share}.")
         if self.ratio is not None and (unknown := set(self.ratio) - set(KINDS)):
@@ -190,6 +195,9 @@ class RunConfig:
     backbone: str | None = None
     """Local folder of a mixture of experts, as `omnimri upcycle` writes it, whose weights and tokenizer a new model
     takes; None begins with a fresh backbone."""
+    vision_weights: str | None = None
+    """File of a published MONAI Swin encoder (`model_swinvit.pt`, or a SwinUNETR checkpoint): a new model's encoder
+    takes what has its name and shape, and the log says what."""
     pack_length: int | None = None
     """Tokens of a row that several short sequences share, each computed as if alone; None gives each its own row. Only
     speed and memory depend on it."""
@@ -242,7 +250,7 @@ _OPERATIONAL = {
 }  # fmt: skip
 """Fields of `TrainConfig` that may change between a start and a resume."""
 
-_WITHOUT = (("ema_decay", None),)
+_WITHOUT = (("ema_decay", None), ("lora_rank", None))
 """Fields that say nothing where they are not used: settings from before there was such a field compare equal."""
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
+from omnimri.models.backbone import add_adapters
 from omnimri.models.collate import collate
 from omnimri.models.config import OmniMRIConfig
 from omnimri.models.engine import sequence_builder
@@ -24,6 +25,7 @@ from omnimri.models.preprocess import Preprocess, read_preprocess
 from omnimri.models.prompts import diagnosis_choices
 from omnimri.models.tokenizer import adopt_tokenizer, load_tokenizer, train_tokenizer
 from omnimri.models.upcycling import check_shape, load_backbone
+from omnimri.models.vision import load_swin_weights
 from omnimri.models.vocabulary import STRUCTURES
 from omnimri.platform.data.licences import ANY, count_licences, licensed
 from omnimri.platform.data.shards import RowRef, Shards, StudyRef, load_row, studies
@@ -74,6 +76,8 @@ class OmniMRIKit:
     """Folder of a Qwen2.5 checkpoint whose tokenizer is taken; None trains one on the texts of the rows."""
     backbone: str | None = None
     """Folder of a mixture of experts that a new model begins with, its tokenizer too (`omnimri.models.upcycling`)."""
+    vision_weights: str | None = None
+    """File of a published Swin encoder; see `omnimri.models.vision.load_swin_weights`."""
     pack_length: int | None = None
     """See `omnimri.models.collate.collate`."""
 
@@ -158,6 +162,12 @@ class OmniMRIKit:
         model = OmniMRI(config)
         if self.backbone is not None:
             load_backbone(model.backbone, self.backbone, config.backbone)
+        if self.vision_weights is not None:
+            match = load_swin_weights(model.vision, self.vision_weights)
+            counts = len(match.taken), len(match.other_shape), len(match.absent)
+            logger.info("Encoder: %d tensors taken, %d there in another shape, %d not there", *counts)
+            if match.other_shape:
+                logger.warning("%s: other shapes, left as they were: %s", self.vision_weights, match.other_shape)
         return model
 
     def load(self, folder: Path, config: OmniMRIConfig) -> OmniMRI:
@@ -179,6 +189,11 @@ class OmniMRIKit:
         """See `Kit`."""
         assert isinstance(model, OmniMRI)
         return collate(samples, sequence_builder(model.config, tokenizer), pack_length=self.pack_length)
+
+    def add_adapters(self, model: nn.Module, rank: int) -> None:
+        """See `Kit`."""
+        assert isinstance(model, OmniMRI)
+        add_adapters(model.backbone, rank)
 
     def checkpoint_activations(self, model: nn.Module) -> None:
         """See `Kit`."""

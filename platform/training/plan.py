@@ -34,7 +34,7 @@ class PlanConfig:
     gpus_per_node: int = 8
     gpu_memory_gb: float = 80.0
     """Memory of one GPU in GiB."""
-    zero: Literal[0, 1, 2, 3] = 3
+    zero: int = 3
     offload: Literal["none", "cpu"] = "none"
     """`cpu` keeps the optimizer's state, under ZeRO-3 the weights too, in the host's memory."""
     stage: str = "instruct"
@@ -158,9 +158,10 @@ def activations(config: OmniMRIConfig, plan: PlanConfig) -> dict[str, float]:
         ]
         found["image decoder"] = plan.micro_batch * FLOAT32 * (max(maps) if plan.checkpointing else sum(maps))
     if plan.stage == "vision":
+        inputs = sum(width * places * depth for width, places, depth in _swin_levels(config))
         blocks = [30 * width * places * depth for width, places, depth in _swin_levels(config)]
-        kept = sum(w * p * d for w, p, d in _swin_levels(config)) + max(blocks) if plan.checkpointing else sum(blocks)
-        found["vision"] = 2 * plan.micro_batch * FLOAT32 * kept  # two views of each volume
+        values = inputs + max(blocks) if plan.checkpointing else sum(blocks)
+        found["vision"] = 2 * plan.micro_batch * FLOAT32 * values  # two views of each volume
     return found
 
 

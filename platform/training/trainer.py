@@ -197,6 +197,7 @@ def default_kit(run: RunConfig) -> Kit:
         view=run.view,
         tokenizer=run.tokenizer,
         backbone=None if run.backbone is None else str(Path(run.backbone).absolute()),  # workers stand elsewhere
+        vision_weights=None if run.vision_weights is None else str(Path(run.vision_weights).absolute()),
         pack_length=run.pack_length,
     )
 
@@ -215,6 +216,8 @@ def make_job(
     settings = {**run.stage_settings(stage), "init": None if start is None else folder_digest(start)}
     if start is None and run.backbone is not None:
         settings["backbone"] = folder_digest(Path(run.backbone))
+    if start is None and run.vision_weights is not None:
+        settings["vision_weights"] = hashlib.sha256(Path(run.vision_weights).read_bytes()).hexdigest()[:16]
     return StageJob(
         stage=stage,
         run=run,

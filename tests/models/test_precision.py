@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,14 @@ import torch
 import torch.nn.functional as F
 from transformers import Qwen2MoeForCausalLM
 
-from omnimri.models.backbone import AutocastExperts, Float32Router, build_backbone, moe_config
+from omnimri.models.backbone import (
+    AutocastExperts,
+    Float32Router,
+    add_adapters,
+    build_backbone,
+    merge_adapters,
+    moe_config,
+)
 from omnimri.models.collate import collate
 from omnimri.models.config import preset
 from omnimri.models.engine import sequence_builder
@@ -151,3 +159,31 @@ def test_every_loss_is_close_to_its_float32_value(stage: str, samples: Callable[
     found["loss"].backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
     assert found["loss"].item() != expected["loss"].item()
+
+
+def test_adapters_begin_at_nothing_and_merge_into_the_plain_model(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    backbone = build_backbone(preset("tiny").backbone)
+    names, frozen = set(backbone.state_dict()), {n: p.detach().clone() for n, p in backbone.named_parameters()}
+    before = backbone(input_ids=IDS).logits
+    add_adapters(backbone, rank=4)
+    assert torch.equal(backbone(input_ids=IDS).logits, before)
+    learning = {name: p for name, p in backbone.named_parameters() if p.requires_grad}
+    assert all("lora_" in name for name in learning)
+    assert sum(p.numel() for p in learning.values()) < 0.1 * sum(p.numel() for p in frozen.values())
+    optimizer = torch.optim.SGD(learning.values(), lr=1.0)
+    for _ in range(2):
+        optimizer.zero_grad()
+        backbone(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer.step()
+    learned = backbone(input_ids=IDS).logits
+    assert (learned - before).abs().max() > 1e-3
+    merge_adapters(backbone)
+    assert set(backbone.state_dict()) == names
+    torch.testing.assert_close(backbone(input_ids=IDS).logits, learned, rtol=1e-4, atol=1e-5)
+    backbone.save_pretrained(tmp_path)
+    loaded = Qwen2MoeForCausalLM.from_pretrained(tmp_path, local_files_only=True)
+    torch.testing.assert_close(loaded(input_ids=IDS).logits, learned, rtol=1e-4, atol=1e-5)
+    moved = {name for name, p in backbone.named_parameters() if not torch.equal(p, frozen[name])}
+    assert moved
+    assert not any(".experts." in name or "embed_tokens" in name or ".gate." in name for name in moved)

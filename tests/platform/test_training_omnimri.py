@@ -137,6 +137,25 @@ def test_bfloat16_products_and_recomputed_activations_leave_a_float32_model(
             assert value.ndim < 2 or not value.any() or not torch.equal(value, value.bfloat16().float())
 
 
+@pytest.mark.parametrize("zero", [0, 3])
+def test_low_rank_updates_are_published_merged(
+    data: Path, four_stages: list[StageResult], tmp_path: Path, zero: int
+) -> None:
+    run = smallest_run(data, tmp_path, zero=zero)
+    run = replace(run, train=replace(run.train, instruct=replace(run.train.instruct, lora_rank=2)))
+    result = run_stage("instruct", run, init=Path(four_stages[2].model_folder))
+    before, after = (
+        load_file(Path(r.model_folder) / "backbone" / "model.safetensors") for r in (four_stages[2], result)
+    )
+    assert before.keys() == after.keys()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert any("q_proj" in name for name in moved)
+    assert all("self_attn" in name or "shared_expert." in name for name in moved)
+    for name in moved:
+        assert torch.linalg.matrix_rank(after[name] - before[name], rtol=1e-3) <= 2
+    assert _changed(four_stages[2], result, "image_decoder")
+
+
 def _changed(before: StageResult, after: StageResult, part: str) -> bool:
     old, new = (load_file(Path(r.model_folder) / part / "model.safetensors") for r in (before, after))
     return any(not torch.equal(old[name], new[name]) for name in old)
