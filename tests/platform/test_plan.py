@@ -92,7 +92,7 @@ def test_the_job_prints_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
     ("options", "knob"),
     [
         (["--zero", "0"], "--zero 1"),
-        (["--zero", "3", "--no-checkpointing", "--micro-batch", "4"], "Leave out --no-checkpointing"),
+        (["--zero", "3", "--no-checkpointing", "--micro-batch", "8"], "Leave out --no-checkpointing"),
         (["--zero", "3", "--micro-batch", "24"], "--micro-batch 12"),
     ],
 )
