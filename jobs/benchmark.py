@@ -2,6 +2,7 @@ r"""Measure speed and coverage on this machine, beside what people use otherwise
 
   omnimri benchmark ingest [SRC...]       read files: ingest, a plain pydicom/nibabel loop, MONAI
   omnimri benchmark sequences [FILE]      sequence rules on a Parquet table of DICOM headers
+  omnimri benchmark moe                   a layer of experts, forward and backward, in each implementation
   omnimri benchmark annotate DIR --model M    an ingested corpus: vLLM, and transformers with xgrammar
   omnimri benchmark text DIR --model M        held-out prompts of a corpus: a checkpoint in transformers and in vLLM
 
@@ -32,6 +33,7 @@ from omnimri.jobs.command import job_parser, run_job
 from omnimri.platform.annotation.config import AnnotateConfig, Backend
 from omnimri.platform.benchmark.annotate import benchmark_annotate
 from omnimri.platform.benchmark.ingest import benchmark_ingest
+from omnimri.platform.benchmark.moe import benchmark_moe
 from omnimri.platform.benchmark.sequences import benchmark_sequences, default_headers
 from omnimri.platform.cluster import ensure_ray
 from omnimri.platform.corpus.corpus import CorpusConfig, write_corpus
@@ -44,10 +46,14 @@ from omnimri.serve.config import TextConfig
 def main(argv: list[str] | None = None) -> int:
     """Run the job; returns the exit status."""
     parser = job_parser("benchmark", __doc__)
-    parser.add_argument("what", choices=["ingest", "sequences", "annotate", "text"], help="what to measure")
+    parser.add_argument("what", choices=["ingest", "sequences", "moe", "annotate", "text"], help="what to measure")
     parser.add_argument("sources", nargs="*", type=Path, metavar="SRC", help="files to read")
     parser.add_argument("--patients", type=int, default=24, metavar="N", help="of the built-in corpus (default: 24)")
     parser.add_argument("--repeats", type=int, default=1, metavar="N", help="the fastest of N counts (default: 1)")
+    parser.add_argument(
+        "--preset", action="append", metavar="NAME=TOKENS",
+        help="of moe: width and tokens of a pass (default: tiny=1024 and 7b=64)",
+    )  # fmt: skip
     parser.add_argument("--model", metavar="M", help="of annotate: name or local folder; of text: checkpoint")
     parser.add_argument(
         "--limit", type=int, metavar="N", help="of annotate: only the first N volumes; of text: prompts (default: 100)"
@@ -63,7 +69,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> None:
     measured = {"benchmark": args.what, "machine": machine(), "date": datetime.date.today().isoformat()}
-    measured |= {"ingest": _ingest, "sequences": _sequences, "annotate": _annotate, "text": _text}[args.what](args)
+    benchmarks = {
+        "ingest": _ingest, "sequences": _sequences, "moe": _moe, "annotate": _annotate, "text": _text,
+    }  # fmt: skip
+    measured |= benchmarks[args.what](args)
     print("\n".join(_lines(measured)))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -81,6 +90,13 @@ def _sequences(args: argparse.Namespace) -> dict[str, Any]:
     if len(args.sources) > 1:
         raise ValueError(f"benchmark sequences takes one table of headers, found {len(args.sources)}.")
     return benchmark_sequences(args.sources[0] if args.sources else default_headers())
+
+
+def _moe(args: argparse.Namespace) -> dict[str, Any]:
+    pairs = [pair.partition("=") for pair in args.preset or ("tiny=1024", "7b=64")]
+    if wrong := [name for name, _, tokens in pairs if not tokens.isdecimal() or not int(tokens)]:
+        raise ValueError(f"--preset {wrong[0]}: expected NAME=TOKENS, for example tiny=1024.")
+    return benchmark_moe({name: int(tokens) for name, _, tokens in pairs}, repeats=args.repeats)
 
 
 def _annotate(args: argparse.Namespace) -> dict[str, Any]:

