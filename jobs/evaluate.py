@@ -15,6 +15,9 @@ segmentation, detection, diagnosis and reports beside the same model on a blank 
 answers about another patient; diagnosis beside the commonest diagnosis in training too. The table printed at the end
 says plainly what does not beat its floor.
 
+With --set calibrate=true the scores of boxes are first fitted on the validation split; the fit is kept in the
+checkpoint folder (detection.json), where serving finds it.
+
 With --tracking-uri (or MLFLOW_TRACKING_URI) the numbers, the page and summary.json become an MLflow run, a child of
 --parent-run where that is given.
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import omnimri
 
 JOBS = (
-    "corpus", "datasets", "ingest", "annotate", "instruct", "train", "sweep", "evaluate", "benchmark", "register",
-    "deploy", "pipeline", "demo",
+    "corpus", "datasets", "ingest", "annotate", "instruct", "upcycle", "plan", "train", "sweep", "evaluate", "probe",
+    "benchmark", "register", "deploy", "pipeline", "demo",
 )  # fmt: skip
 """In the order of the work; each is a module beside this one with a `main(argv) -> int`."""
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -26,7 +28,9 @@ class Box:
     box_voxel: tuple[int, ...]
     """Half-open `[z1, y1, x1, z2, y2, x2]`."""
     score: float | None = None
-    """How sure it is, in [0, 1]; None where nothing says."""
+    """Probability that it is right, in [0, 1]; None of a reference."""
+    logprob: float | None = None
+    """Log-probability of its tokens, that the score is made from; None of a box that no text says."""
 
 
 class BoxCoder:
@@ -86,6 +90,17 @@ def text_to_boxes(text: str, coder: BoxCoder) -> list[Box]:
     except json.JSONDecodeError as error:
         raise ValueError(f"Detection answer is not JSON ({error.msg}): {text[:80]!r}.") from error
     return [_read_entry(entry, coder) for entry in entries]
+
+
+def entry_spans(text: str) -> list[tuple[int, int]]:
+    """Start and end of each box in a detection answer, its separator included."""
+    ends = [match.end() for match in re.finditer(r"\{[^{}]*\}", text)]
+    return list(pairwise([text.find("{"), *ends])) if ends else []
+
+
+def whole_entries(text: str) -> str:
+    """A list of boxes that was cut somewhere, up to its last whole box."""
+    return f"{text[: text.rfind('}') + 1] or '['}]"
 
 
 def _read_entry(entry: object, coder: BoxCoder) -> Box:

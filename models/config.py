@@ -46,6 +46,10 @@ class BackboneConfig:
     vocab_size: int
     max_positions: int = 4096
     tie_embeddings: bool = True
+    rope_theta: float = 10_000.0
+    """Base of the rotary positions; Qwen2.5 has a million."""
+    norm_eps: float = 1e-6
+    """Added to the mean square in every RMS norm."""
 
     def __post_init__(self) -> None:
         if self.experts_per_token > self.num_experts:
@@ -199,6 +203,7 @@ def small() -> OmniMRIConfig:
         backbone=BackboneConfig(
             hidden_size=896, num_layers=24, num_heads=14, num_kv_heads=2, shared_width=4864,
             num_experts=8, experts_per_token=2, expert_width=1280, vocab_size=151_936, max_positions=32_768,
+            rope_theta=1e6,
         ),
         text_encoder=TextEncoderConfig(hidden_size=896, num_layers=12, num_heads=14, num_kv_heads=2, width=4864),
         connector=ConnectorConfig(num_queries=32, num_layers=4, dim=512),
@@ -217,6 +222,7 @@ def base() -> OmniMRIConfig:
         backbone=BackboneConfig(
             hidden_size=1536, num_layers=28, num_heads=12, num_kv_heads=2, shared_width=8960,
             num_experts=8, experts_per_token=2, expert_width=2304, vocab_size=151_936, max_positions=32_768,
+            rope_theta=1e6,
         ),
         text_encoder=TextEncoderConfig(hidden_size=896, num_layers=24, num_heads=14, num_kv_heads=2, width=4864),
         connector=ConnectorConfig(num_queries=64, num_layers=6, dim=768),
@@ -235,7 +241,7 @@ def seven_b() -> OmniMRIConfig:
         backbone=BackboneConfig(
             hidden_size=3584, num_layers=28, num_heads=28, num_kv_heads=4, shared_width=18_944,
             num_experts=8, experts_per_token=2, expert_width=2560, vocab_size=152_064, max_positions=32_768,
-            tie_embeddings=False,
+            tie_embeddings=False, rope_theta=1e6,
         ),
         text_encoder=TextEncoderConfig(hidden_size=1536, num_layers=28, num_heads=12, num_kv_heads=2, width=8960),
         connector=ConnectorConfig(num_queries=64, num_layers=12, dim=1024),

@@ -14,6 +14,15 @@ from torch import Tensor, nn
 from omnimri.models.config import FlowHeadConfig
 
 
+class Float32Linear(nn.Linear):
+    """Linear map in float32 under autocast too: velocities rounded to bfloat16 made such heads diverge (MAR #69)."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
+        """`(..., in)` to `(..., out)`."""
+        with torch.autocast(input.device.type, enabled=False):
+            return nn.functional.linear(input.float(), self.weight, self.bias)
+
+
 class FlowHead(nn.Module):
     """MLP with adaptive layer norm: velocity of a noisy token, given the hidden state before it."""
 
@@ -21,11 +30,11 @@ class FlowHead(nn.Module):
         super().__init__()
         self.config = config
         width = config.width
-        self.input = nn.Linear(token_dim, width)
-        self.time = nn.Sequential(nn.Linear(2 * _FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
-        self.condition = nn.Linear(hidden_size, width)
+        self.input = Float32Linear(token_dim, width)
+        self.time = nn.Sequential(Float32Linear(2 * _FREQUENCIES, width), nn.SiLU(), Float32Linear(width, width))
+        self.condition = Float32Linear(hidden_size, width)
         self.blocks = nn.ModuleList(_Block(width) for _ in range(config.depth))
-        self.output = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, token_dim))
+        self.output = nn.Sequential(nn.LayerNorm(width), Float32Linear(width, token_dim))
         nn.init.zeros_(self.output[1].weight)
         nn.init.zeros_(self.output[1].bias)
 
@@ -56,8 +65,8 @@ class _Block(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
-        self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
-        self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 3 * width))
+        self.mlp = nn.Sequential(Float32Linear(width, width), nn.SiLU(), Float32Linear(width, width))
+        self.modulation = nn.Sequential(nn.SiLU(), Float32Linear(width, 3 * width))
         nn.init.zeros_(self.modulation[1].weight)
         nn.init.zeros_(self.modulation[1].bias)
 

@@ -106,7 +106,7 @@ class ImageDecoder(nn.Module):
         written = torch.einsum("bnhw,bnm->bmhw", state, write)
         shown = torch.cat([written, image[:, None]], dim=1)
         features = self.segment_trunk(shown, time, condition.flatten(1, 2), pyramid)
-        return torch.einsum("bmhw,bnm->bnhw", features, read) + offset[..., None]
+        return torch.einsum("bmhw,bnm->bnhw", features.float(), read.float()) + offset[..., None].float()
 
     @torch.no_grad()
     def reconstruct(

@@ -253,6 +253,19 @@ FOREIGN: dict[str, tuple[str, ...]] = {
 }
 """Body part to findings that only it can have."""
 
+FOREIGN_STRUCTURES: dict[str, tuple[str, ...]] = {
+    "brain": ("hippocampus", "corpus callosum"),
+    "breast": ("fibroglandular tissue", "nipple"),
+    "knee": ("medial meniscus", "patella", "femur"),
+    "prostate": ("prostate", "seminal vesicles"),
+    "heart": ("left ventricular myocardium", "right atrium"),
+    "liver": ("liver", "gallbladder", "kidney"),
+    "shoulder": ("supraspinatus tendon", "acromion"),
+    "ankle": ("Achilles tendon", "talus"),
+    "wrist": ("scaphoid", "lunate"),
+}
+"""Body part to structures that only it, or what is near it, can show."""
+
 NEAR: dict[str, frozenset[str]] = {
     "brain": frozenset({"spine"}),
     "neck": frozenset({"brain", "spine", "shoulder"}),

@@ -8,12 +8,14 @@ the data range. A metric that has no value for a case is NaN ("not scored"), nev
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from einops import reduce
 from monai.data.box_utils import box_iou as monai_box_iou
-from scipy.stats import rankdata
+from scipy.stats import rankdata, spearmanr
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 SSIM_WINDOW = 7
@@ -55,6 +57,46 @@ def ssim(target: np.ndarray, prediction: np.ndarray) -> float:
             ]
         )
     )
+
+
+def uncertainty_scores(
+    target: np.ndarray, prediction: np.ndarray, uncertainty: np.ndarray, *, block: int = 8
+) -> dict[str, float]:
+    """Whether an uncertainty map says where and how much a reconstruction errs; all magnitudes `(Z, Y, X)`.
+
+    Over the foreground, which is what exceeds a tenth of the target's 99th percentile.
+
+    Args:
+        target: Truth.
+        prediction: Reconstruction.
+        uncertainty: Expected error, in the same units.
+        block: In-plane voxels of the squares that the correlation averages over, of which at least half are foreground.
+
+    Returns:
+        `uncertainty_correlation`: Spearman's, between mean error and mean uncertainty of the squares;
+        `uncertainty_ratio`: root mean square of the uncertainty over that of the error, one if it is calibrated;
+        `uncertainty_coverage`: share of voxels whose error is below two uncertainties. NaN where undefined.
+    """
+    _check_same_shape(target, prediction)
+    _check_same_shape(target, uncertainty)
+    error = np.abs(prediction - target)
+    foreground = target > 0.1 * np.percentile(target, 99)
+    kept = _block_means(foreground, block) >= 0.5
+    squares = [_block_means(values, block)[kept] for values in (error, uncertainty)]
+    varied = kept.sum() > 2 and all(np.ptp(values) > 0 for values in squares)
+    error, uncertainty = error[foreground], uncertainty[foreground]
+    size = np.sqrt(np.mean(np.square(error))) if error.size else 0.0
+    return {
+        "uncertainty_correlation": float(spearmanr(*squares).statistic) if varied else math.nan,
+        "uncertainty_ratio": float(np.sqrt(np.mean(np.square(uncertainty))) / size) if size else math.nan,
+        "uncertainty_coverage": float(np.mean(error <= 2 * uncertainty)) if error.size else math.nan,
+    }
+
+
+def _block_means(values: np.ndarray, block: int) -> np.ndarray:
+    """Means over in-plane squares of `(Z, Y, X)`; what does not fill one at the far edges is left out."""
+    height, width = (size - size % block for size in values.shape[1:])
+    return reduce(values[:, :height, :width].astype(np.float64), "z (y a) (x b) -> z y x", "mean", a=block, b=block)
 
 
 def _check_same_shape(target: np.ndarray, prediction: np.ndarray) -> None:
@@ -144,31 +186,41 @@ def match_boxes(
     return DetectionMatch(tuple(pairs), num_reference, num_predicted)
 
 
-def sensitivity_at(scores: np.ndarray, hits: np.ndarray, num_reference: np.ndarray, *, false_positives: float) -> float:
-    """The point of a free-response ROC curve at a number of false positives per volume, all volumes pooled.
+def froc_sensitivity(
+    scores: np.ndarray, right: np.ndarray, *, num_reference: int, num_volumes: int, false_positives: float
+) -> float:
+    """Share of reference boxes found at the lowest score that keeps to a number of false boxes per volume.
 
-    The highest sensitivity over the thresholds on the score that stay within that number; between them nothing is
-    interpolated.
+    The free-response operating characteristic without interpolation: the best point that can be operated at.
 
     Args:
-        scores: `(N, P)` of the boxes of N volumes; negative where there is no box.
-        hits: `(N, P)`, one where the box found a reference box.
-        num_reference: `(N,)` reference boxes.
-        false_positives: Per volume, the mean that is allowed.
-
-    Returns:
-        Share of reference boxes found, zero where no threshold stays within; NaN without a reference box.
+        scores: `(N,)` of the candidates of all volumes.
+        right: `(N,)` whether each found a reference box that no surer one had found.
+        num_reference: Reference boxes of all volumes.
+        num_volumes: Volumes, those without candidates included.
+        false_positives: Allowed per volume.
     """
-    total = float(np.sum(num_reference))
-    if total == 0:
+    if not num_reference:
         return float("nan")
-    scores, hits = np.asarray(scores, dtype=float), np.asarray(hits, dtype=bool)
-    there = scores >= 0
-    order = np.argsort(-scores[there], kind="stable")
-    ranked, found = scores[there][order], hits[there][order]
-    is_threshold = np.append(np.diff(ranked) != 0, True)[: len(ranked)]  # boxes of one score stand or fall together
-    allowed = is_threshold & (np.cumsum(~found) <= false_positives * len(scores))
-    return float(np.cumsum(found)[allowed].max(initial=0) / total)
+    order = np.argsort(-np.asarray(scores), kind="stable")
+    falling, hits = np.asarray(scores)[order], np.asarray(right, dtype=bool)[order]
+    found, false = np.cumsum(hits), np.cumsum(~hits)
+    is_threshold = np.append(falling[1:] != falling[:-1], True)[: len(falling)]  # equal scores come together
+    allowed = is_threshold & (false <= false_positives * num_volumes)
+    return float(found[allowed].max(initial=0) / num_reference)
+
+
+def expected_calibration_error(probabilities: np.ndarray, right: np.ndarray, *, num_bins: int = 10) -> float:
+    """Mean gap between probability and share of right ones, over bins of equal width weighted by their size.
+
+    Guo et al., On calibration of modern neural networks, ICML 2017. NaN without cases.
+    """
+    probabilities, right = np.asarray(probabilities, dtype=float), np.asarray(right, dtype=float)
+    if not len(probabilities):
+        return float("nan")
+    bins = np.minimum((probabilities * num_bins).astype(int), num_bins - 1)
+    gaps = np.bincount(bins, weights=probabilities - right, minlength=num_bins)
+    return float(np.abs(gaps).sum() / len(probabilities))
 
 
 def auroc(scores: np.ndarray, positives: np.ndarray) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from omnimri.models.augment import augment
+from omnimri.models.augment import AugmentConfig, augment, local_crop
 from omnimri.models.backbone import balance_loss, router_statistics, router_z_loss
 from omnimri.models.image_decoder import Measurement, bridge_state
 from omnimri.models.omnimri import OmniMRI
@@ -37,6 +38,9 @@ class LossWeights:
     """Stage 1: neighbouring patches, beside masked image modelling at 1."""
     instance: float = 0.5
     """Stage 1: instance discrimination of volumes."""
+    local_crops: int = 0
+    """Stage 1: crops of half the width and height that instance discrimination sees beside two whole views; each costs
+    about an eighth of the step (SwAV, arXiv 2006.09882)."""
     mask_ratio: float = 0.6
     """Stage 1: share of token-sized blocks that are masked."""
     visual: float = 0.5
@@ -51,12 +55,15 @@ class LossWeights:
     """Stage 4: share of samples drawn inside the bridge; the others stand at its start, where one step decides."""
 
 
+_Options = TypeVar("_Options", LossWeights, AugmentConfig)
+
+
 class VisionPretraining(nn.Module):
     """Stage 1: masked image modelling, neighbouring-patch contrast, instance discrimination."""
 
-    def __init__(self, model: OmniMRI, weights: LossWeights) -> None:
+    def __init__(self, model: OmniMRI, weights: LossWeights, changes: AugmentConfig | None = None) -> None:
         super().__init__()
-        self.model, self.weights = model, weights
+        self.model, self.weights, self.changes = model, weights, changes or AugmentConfig()
 
     def forward(self, batch: Batch) -> Losses:
         """`batch`: `volume` `(B, 1, D, H, W)`, `attributes` `(B, A)`."""
@@ -66,7 +73,7 @@ class VisionPretraining(nn.Module):
         blocks = torch.rand(2 * len(volume), *grid, device=volume.device) < self.weights.mask_ratio
         blocks[len(volume) :] = False  # the second view stays whole: it is the contrast's target
         masked_patches = _spread(blocks, self.model.config.vision.token_stride, vision.config.patch_size, shape)
-        views = torch.cat([augment(volume), augment(volume)])
+        views = torch.cat([augment(volume, self.changes), augment(volume, self.changes)])
         tokens = visual_tokens(vision(views, masked_patches))
         masked = _spread(blocks, self.model.config.vision.token_stride, (1, 1, 1), shape)[: len(volume), None]
         foreground = volume > volume.amin(dim=(2, 3, 4), keepdim=True) + 0.5
@@ -74,7 +81,7 @@ class VisionPretraining(nn.Module):
         losses = {
             "loss_mim": masked_image_loss(heads.predict_pixels(first, grid, shape), volume, masked, foreground),
             "loss_patch": self._patch_loss(first, second, grid),
-            "loss_instance": instance_loss(heads.volume(tokens.mean(1)), batch["attributes"]),
+            "loss_instance": instance_loss(self._instances(volume, tokens), batch["attributes"]),
         }
         losses["loss"] = (
             losses["loss_mim"]
@@ -82,6 +89,14 @@ class VisionPretraining(nn.Module):
             + self.weights.instance * losses["loss_instance"]
         )
         return losses
+
+    def _instances(self, volume: Tensor, tokens: Tensor) -> Tensor:
+        """Embeddings `(V B, D)` of two whole views, whose tokens are `(2 B, N, V)`, and of the local crops."""
+        pooled = [tokens.mean(1)]
+        for _ in range(self.weights.local_crops):
+            crop = local_crop(augment(volume, self.changes))
+            pooled.append(visual_tokens(self.model.vision(crop)).mean(1))
+        return self.model.ssl_heads.volume(torch.cat(pooled))
 
     def _patch_loss(self, first: Tensor, second: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """Positive: the token one step away along a random in-plane axis of the other view (the edge stays)."""
@@ -342,23 +357,23 @@ def _gather(local: Tensor) -> Tensor:
     return torch.cat(gathered)
 
 
-def build_objective(name: str, model: OmniMRI, options: Mapping[str, float] | None = None) -> nn.Module:
+def build_objective(name: str, model: OmniMRI, options: Mapping[str, Any] | None = None) -> nn.Module:
     """The objective of a stage: `vision`, `align`, `multimodal` or `instruct`.
 
     Args:
         name: Of the stage.
         model: Holds the parts that the stage needs.
-        options: Fields of `LossWeights` that differ from their defaults.
+        options: Fields of `LossWeights` that differ from their defaults, and for `vision` a mapping `augment` of those
+            of `AugmentConfig`.
 
     Raises:
         ValueError: If the name or an option is unknown.
     """
-    known = {field.name for field in fields(LossWeights)}
-    if unknown := set(options or {}) - known:
-        raise ValueError(f"Unknown loss weights {sorted(unknown)}; known: {', '.join(sorted(known))}.")
-    weights = LossWeights(**(options or {}))
+    options = dict(options or {})
+    changes = _of(AugmentConfig, options.pop("augment", {}), "augmentations")
+    weights = _of(LossWeights, options, "loss weights")
     builders: dict[str, Callable[[], nn.Module]] = {
-        "vision": lambda: VisionPretraining(model, weights),
+        "vision": lambda: VisionPretraining(model, weights, changes),
         "align": lambda: Alignment(model),
         "multimodal": lambda: MultimodalPretraining(model, weights),
         "instruct": lambda: InstructionTuning(model, weights),
@@ -366,3 +381,10 @@ def build_objective(name: str, model: OmniMRI, options: Mapping[str, float] | No
     if name not in builders:
         raise ValueError(f"Objective {name!r} is unknown; known: {', '.join(builders)}.")
     return builders[name]()
+
+
+def _of(kind: type[_Options], values: Mapping[str, Any], what: str) -> _Options:
+    known = {field.name for field in fields(kind)}
+    if unknown := set(values) - known:
+        raise ValueError(f"Unknown {what} {sorted(unknown)}; known: {', '.join(sorted(known))}.")
+    return kind(**values)

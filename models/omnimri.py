@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from omnimri.models.backbone import build_backbone, build_text_encoder
+from omnimri.models.backbone import build_backbone, build_text_encoder, merge_adapters
 from omnimri.models.config import OmniMRIConfig
 from omnimri.models.flow_head import FlowHead
 from omnimri.models.image_decoder import ImageDecoder
@@ -51,7 +51,7 @@ class QueryConnector(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """`(B, K, H)` to `(B, K, P)`; bidirectional over the queries."""
-        return self.output_norm(self.encoder(self.input(states)))
+        return self.output_norm(self.encoder(self.input(states)).float())
 
 
 class ClipHead(nn.Module):
@@ -95,6 +95,14 @@ class OmniMRI(nn.Module):
 
     def parts(self) -> dict[str, nn.Module]:
         return dict(self.named_children())
+
+    def checkpoint_activations(self) -> None:
+        """Compute activations again in the backward pass instead of keeping them, layer by layer, in every part."""
+        for module in self.modules():
+            if hasattr(module, "gradient_checkpointing_enable") and module in self.parts().values():
+                module.gradient_checkpointing_enable({"use_reentrant": False})
+            elif hasattr(module, "use_checkpoint"):  # MONAI's blocks, and our trunk
+                module.use_checkpoint = True
 
     @property
     def num_visual_tokens(self) -> int:
@@ -149,7 +157,7 @@ class OmniMRI(nn.Module):
     def save(
         self, folder: Path | str, tokenizer: PreTrainedTokenizerBase, *, version: str, run: Mapping[str, Any]
     ) -> None:
-        """Write the checkpoint folder. Parts that this object does not hold are not written.
+        """Write the checkpoint folder, adapters merged. Parts that this object does not hold are not written.
 
         Args:
             folder: Made if absent; files of the same name are replaced.
@@ -157,6 +165,8 @@ class OmniMRI(nn.Module):
             version: What answers will quote.
             run: Configuration of the run that made it, JSON-able.
         """
+        if hasattr(self, "backbone"):
+            merge_adapters(self.backbone)
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name, part in self.parts().items():

@@ -1,10 +1,11 @@
 """Physics of Cartesian multi-coil MRI: Fourier transform, coils, undersampling, data consistency.
 
-Everything is batched and differentiable. Images and k-space are complex64; the Fourier transform is centred and
-orthonormal over the last two axes; phase encoding runs along the last axis.
+Everything is batched and differentiable but ESPIRiT. Images and k-space are complex64; the Fourier transform is centred
+and orthonormal over the last two axes, or three of a volume that was encoded in 3D; phase encoding runs along the last
+axis. K-space comes here with white noise (`platform.data.formats.kspace.prewhitening`).
 """
 
-# B batch (any number of leading axes), C coils, Y X in-plane voxels or k-space samples
+# B batch (any number of leading axes), C coils, Z Y X voxels or k-space samples
 
 from __future__ import annotations
 
@@ -21,16 +22,26 @@ _ESPIRIT_LEAST = 4
 """Centre lines from which maps can be calibrated at all."""
 
 
+def fftc(image: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """Centred orthonormal Fourier transform over some axes."""
+    shifted = torch.fft.ifftshift(image, dim=axes)
+    return torch.fft.fftshift(torch.fft.fftn(shifted, dim=axes, norm="ortho"), dim=axes)
+
+
+def ifftc(kspace: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """Inverse of `fftc`."""
+    shifted = torch.fft.ifftshift(kspace, dim=axes)
+    return torch.fft.fftshift(torch.fft.ifftn(shifted, dim=axes, norm="ortho"), dim=axes)
+
+
 def fft2c(image: Tensor) -> Tensor:
-    """Centred orthonormal 2D Fourier transform over the last two axes."""
-    shifted = torch.fft.ifftshift(image, dim=(-2, -1))
-    return torch.fft.fftshift(torch.fft.fft2(shifted, norm="ortho"), dim=(-2, -1))
+    """`fftc` over the last two axes."""
+    return fftc(image, (-2, -1))
 
 
 def ifft2c(kspace: Tensor) -> Tensor:
     """Inverse of `fft2c`."""
-    shifted = torch.fft.ifftshift(kspace, dim=(-2, -1))
-    return torch.fft.fftshift(torch.fft.ifft2(shifted, norm="ortho"), dim=(-2, -1))
+    return ifftc(kspace, (-2, -1))
 
 
 def root_sum_of_squares(coil_images: Tensor) -> Tensor:
@@ -209,40 +220,79 @@ class SenseOperator:
 
     sens_maps: Tensor
     mask: Tensor
+    spatial_dims: int = 2
+    """3 for a volume that was encoded in 3D: `(B, C, Z, Y, X)` instead of `(B, C, Y, X)`, here and below."""
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """Those of the image."""
+        return tuple(range(-self.spatial_dims, 0))
+
+    @property
+    def coil_axis(self) -> int:
+        return -self.spatial_dims - 1
+
+    def coils(self, image: Tensor) -> Tensor:
+        """K-space of all coils, every sample: `F S`, `(B, Y, X)` to `(B, C, Y, X)`."""
+        return fftc(self.sens_maps * image.unsqueeze(self.coil_axis), self.axes)
+
+    def combine(self, kspace: Tensor) -> Tensor:
+        """`S' F'`, `(B, C, Y, X)` to `(B, Y, X)`."""
+        return (self.sens_maps.conj() * ifftc(kspace, self.axes)).sum(self.coil_axis)
 
     def forward(self, image: Tensor) -> Tensor:
         """`(B, Y, X)` to `(B, C, Y, X)`."""
-        return fft2c(self.sens_maps * image.unsqueeze(-3)) * self.mask
+        return self.coils(image) * self.mask
 
     def adjoint(self, kspace: Tensor) -> Tensor:
         """`(B, C, Y, X)` to `(B, Y, X)`."""
-        return (self.sens_maps.conj() * ifft2c(kspace * self.mask)).sum(-3)
+        return self.combine(kspace * self.mask)
 
     def normal(self, image: Tensor) -> Tensor:
         """`A' A`."""
         return self.adjoint(self.forward(image))
 
 
-def conjugate_gradient(normal: Callable[[Tensor], Tensor], right: Tensor, start: Tensor, num_steps: int) -> Tensor:
-    """Solve `normal(x) = right` per item of the batch for a Hermitian positive operator; `(B, Y, X)` complex."""
+def decouple_readout(array: Tensor, axis: int) -> Tensor:
+    """A volume acquired in 3D, with the readout sampled whole, as one 2D problem for each place along the readout.
+
+    Args:
+        array: K-space, complex `(B, C, Z, Y, X)`.
+        axis: The readout's, -3, -2 or -1.
+
+    Returns:
+        `(B, R, C, P, Q)`, R places along the readout in image space and the two phase-encoding axes in k-space. Coil
+        maps, which are images, are brought there by `movedim(axis, -4)` alone.
+    """
+    return ifftc(array, (axis,)).movedim(axis, -4)
+
+
+def conjugate_gradient(
+    normal: Callable[[Tensor], Tensor], right: Tensor, start: Tensor, num_steps: int,
+    axes: tuple[int, ...] = (-2, -1),
+) -> Tensor:  # fmt: skip
+    """Solve `normal(x) = right` per item of the batch for a Hermitian positive operator; complex `(B, Y, X)`.
+
+    `axes` are those of one item, the others the batch.
+    """
     x = start
     residual = right - normal(x)
     direction = residual
-    energy = _inner(residual, residual)
+    energy = _inner(residual, residual, axes)
     for _ in range(num_steps):
         applied = normal(direction)
-        alpha = energy / _inner(direction, applied).clamp_min(1e-20)
+        alpha = energy / _inner(direction, applied, axes).clamp_min(1e-20)
         x = x + alpha * direction
         residual = residual - alpha * applied
-        new_energy = _inner(residual, residual)
+        new_energy = _inner(residual, residual, axes)
         direction = residual + new_energy / energy.clamp_min(1e-20) * direction
         energy = new_energy
     return x
 
 
-def _inner(a: Tensor, b: Tensor) -> Tensor:
+def _inner(a: Tensor, b: Tensor, axes: tuple[int, ...]) -> Tensor:
     """Real part of the inner product over the image axes, kept for broadcasting."""
-    return (a.conj() * b).real.sum(dim=(-2, -1), keepdim=True)
+    return (a.conj() * b).real.sum(dim=axes, keepdim=True)
 
 
 def data_consistency(
@@ -258,20 +308,99 @@ def data_consistency(
         num_steps: Conjugate-gradient iterations.
     """
     return conjugate_gradient(
-        lambda x: operator.normal(x) + weight * x, operator.adjoint(kspace) + weight * image, image, num_steps
-    )
+        lambda x: operator.normal(x) + weight * x, operator.adjoint(kspace) + weight * image, image, num_steps,
+        operator.axes,
+    )  # fmt: skip
+
+
+def hard_data_consistency(image: Tensor, kspace: Tensor, operator: SenseOperator) -> Tensor:
+    """Measured samples put in place of those of the image, coil by coil (Schlemper et al., TMI 2018, eq. 7, no noise).
+
+    With one coil the measured samples are then met exactly; with several, as far as one image can meet them in one
+    step. Arguments as of `data_consistency`.
+    """
+    return operator.combine(torch.where(operator.mask, kspace, operator.coils(image)))
 
 
 def cg_sense(kspace: Tensor, operator: SenseOperator, *, weight: float = 0.005, num_steps: int = 20) -> Tensor:
     """Iterative SENSE from zero with Tikhonov weight (Pruessmann et al., MRM 2001); complex `(B, Y, X)`."""
     zero_filled = operator.adjoint(kspace)
     return conjugate_gradient(
-        lambda x: operator.normal(x) + weight * x, zero_filled, torch.zeros_like(zero_filled), num_steps
+        lambda x: operator.normal(x) + weight * x, zero_filled, torch.zeros_like(zero_filled), num_steps, operator.axes
     )
 
 
 def relative_residual(image: Tensor, kspace: Tensor, operator: SenseOperator) -> Tensor:
     """`|A x - y| / |y|` per item `(B,)`: how far an image is from what was measured."""
     difference = operator.forward(image) - kspace * operator.mask
-    axes = (-3, -2, -1)
+    axes = (operator.coil_axis, *operator.axes)
     return difference.abs().square().sum(axes).sqrt() / kspace.abs().square().sum(axes).sqrt().clamp_min(1e-12)
+
+
+def partial_fourier(kspace: Tensor, mask: Tensor, *, num_steps: int = 10) -> Tensor:
+    """Images of k-space whose lines stop short on one side, by projections (POCS; Haacke et al., JMR 1991).
+
+    The phase is taken from the lines that lie symmetrically about the centre; an image of that phase and the measured
+    lines are enforced in turn.
+
+    Args:
+        kspace: Complex `(B, Y, X)`, zero where not acquired; coils are part of the batch.
+        mask: Bool `(X,)`, lines that were acquired.
+        num_steps: Times that both are enforced.
+
+    Raises:
+        ValueError: If fewer than three lines lie symmetrically about the centre.
+    """
+    symmetric = symmetric_lines(mask)
+    count = int(symmetric.sum())
+    if count < 3:
+        raise ValueError(
+            f"partial_fourier: expected at least 3 lines symmetrically about the centre of k-space, found {count}."
+        )
+    taper = torch.zeros(mask.shape, dtype=kspace.real.dtype, device=kspace.device)
+    taper[symmetric] = torch.hann_window(count + 2, periodic=False, dtype=taper.dtype, device=kspace.device)[1:-1]
+    low_pass = ifft2c(kspace * taper)
+    phase = low_pass / low_pass.abs().clamp_min(1e-12)
+    filled = kspace
+    for _ in range(num_steps):
+        image = (ifft2c(filled) * phase.conj()).real * phase
+        filled = torch.where(mask, kspace, fft2c(image))
+    return ifft2c(filled)
+
+
+def symmetric_lines(mask: Tensor) -> Tensor:
+    """The lines of `center_lines` whose mirror images about the centre are acquired too, bool `(X,)`."""
+    middle, places = mask.shape[-1] // 2, torch.arange(mask.shape[-1], device=mask.device)
+    center = center_lines(mask)
+    return center & center[(2 * middle - places) % mask.shape[-1]]
+
+
+def simulated_acquisition(
+    image: Tensor, kspace: Tensor, operator: SenseOperator, generator: torch.Generator
+) -> tuple[Tensor, SenseOperator]:
+    """The measurement of an image as if it were the truth: other lines of the same pattern, noise of the same size.
+
+    Args:
+        image: Complex `(B, Y, X)`, reconstructed from `kspace`.
+        kspace: Complex `(B, C, Y, X)`, zero where not acquired.
+        operator: The forward model, its mask `(X,)`.
+        generator: Draws the lines and the noise.
+
+    Returns:
+        K-space like `kspace`, and its forward model with the same coil maps.
+    """
+    mask = shifted_lines(operator.mask, int(torch.randint(operator.mask.numel(), (), generator=generator)))
+    axes = (-3, -2, -1)
+    misfit = (operator.forward(image) - kspace * operator.mask).abs().square().sum(axes, keepdim=True)
+    num_samples = operator.mask.sum() * kspace[0, :, :, 0].numel()
+    noise = torch.randn(kspace.shape, dtype=kspace.dtype, generator=generator).to(kspace.device)
+    other = SenseOperator(operator.sens_maps, mask)
+    return (other.forward(image) + (misfit / num_samples).sqrt() * noise) * mask, other
+
+
+def shifted_lines(mask: Tensor, shift: int) -> Tensor:
+    """A mask `(X,)` whose lines outside the centre are moved round by `shift` places; the centre stays."""
+    center = center_lines(mask)
+    shifted = mask.clone()
+    shifted[~center] = mask[~center].roll(shift)
+    return shifted

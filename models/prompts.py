@@ -21,6 +21,10 @@ if TYPE_CHECKING:  # seconds to import, and tasks that make samples need none of
 IGNORED = -100
 """Label of a position that no text loss is taken at."""
 
+_WORDS = (special.RESPONSE, special.RESPONSE_END)
+ANSWER_TAGS = {"detect": (special.BBOX, special.BBOX_END), "diagnose": _WORDS, "report": _WORDS}
+"""What opens and what closes the answer of each text task."""
+
 _TASK_WORDS = {
     "reconstruct": ("reconstruct", "under-sampled", "undersampled", "aliasing", "k-space"),
     "segment": ("segment", "outline", "mask of", "delineate", "contour"),
@@ -97,8 +101,8 @@ def diagnosis_answer(diagnosis: str) -> str:
 
 
 def diagnosis_choices() -> list[str]:
-    """Every diagnosis answer, in the order of `DIAGNOSES`, as `Engine.score_choices` takes them."""
-    return [tagged(diagnosis_answer(name)) for name in DIAGNOSES]
+    """What may follow the opening tag of a diagnosis, in the order of `DIAGNOSES`, for `Engine.score_choices`."""
+    return [diagnosis_answer(name) + special.RESPONSE_END for name in DIAGNOSES]
 
 
 def diagnosis_in(text: str) -> str | None:
@@ -149,14 +153,16 @@ class SequenceBuilder:
     """Placeholders per single slice."""
 
     def request(self, instruction: str, facts: Facts | Sequence[Facts], task: str) -> TokenSequence:
-        """User turn with the volume and the instruction, open for the assistant; image tasks end in their queries.
+        """User turn with the volume and the instruction, open for the assistant.
+
+        It ends in the queries of an image task, and in the tag that opens the answer of a text task.
 
         Args:
             instruction: Natural language.
             facts: Of the volume; of each, where the turn shows several contrasts of a study. The first is asked about.
             task: One of the five tasks.
         """
-        answer = self._queries(task) if task in IMAGE_TASKS else ""
+        answer = self._queries(task) if task in IMAGE_TASKS else ANSWER_TAGS[task][0]
         return self._join([(self._user_turn(instruction, facts, task), False), (answer, False)])
 
     def example(self, instruction: str, facts: Facts | Sequence[Facts], task: str, answer: str = "") -> TokenSequence:

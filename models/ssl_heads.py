@@ -78,20 +78,21 @@ def instance_loss(
     its acquisition attributes (contrast, plane, anatomy) that agree.
 
     Args:
-        embeddings: `(2 B, D)`, the first view of every volume and then the second.
+        embeddings: `(V B, D)`, the first view of every volume, then the second, and so on.
         attributes: Long `(B, A)`, negative where unknown.
         temperature: Softmax temperature.
         attribute_weight: Weight of a volume whose attributes all agree.
     """
     batch = attributes.shape[0]
     z = F.normalize(embeddings, dim=-1)
-    attributes = attributes.repeat(2, 1)
+    num_views = len(z) // batch
+    attributes = attributes.repeat(num_views, 1)
     known = (attributes[:, None] >= 0) & (attributes[None] >= 0)
     agree = ((attributes[:, None] == attributes[None]) & known).float().mean(-1)
     weight = attribute_weight * agree
-    views = torch.arange(2 * batch, device=z.device) % batch
+    views = torch.arange(len(z), device=z.device) % batch
     weight[views[:, None] == views[None]] = 1.0
-    itself = torch.eye(2 * batch, dtype=torch.bool, device=z.device)
+    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
     weight = weight.masked_fill(itself, 0.0)
     log_probability = (z @ z.T / temperature).masked_fill(itself, -torch.inf).log_softmax(-1).masked_fill(itself, 0.0)
     return -(weight * log_probability).sum(1).div(weight.sum(1).clamp_min(1e-6)).mean()

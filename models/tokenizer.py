@@ -57,7 +57,7 @@ def adopt_tokenizer(folder: Path | str, num_rows: int) -> PreTrainedTokenizerBas
         ValueError: If the folder has no byte-level tokenizer, its embedding has another number of rows, or too few of
             them are free.
     """
-    tokenizer = _read_tokenizer(Path(folder))
+    tokenizer = read_tokenizer(Path(folder))
     _check_rows(Path(folder), num_rows)
     known = tokenizer.get_vocab()
     new = [token for token in SPECIAL_TOKENS if token not in known]
@@ -74,8 +74,17 @@ def adopt_tokenizer(folder: Path | str, num_rows: int) -> PreTrainedTokenizerBas
 _PROBE = "T2*: 1,5 mm (Ø 3 µm), 脑 ✓\n\n\tdon't  "
 
 
-def _read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a local folder, as it is, if it gives every byte back."""
+def has_tokenizer(folder: Path | str) -> bool:
+    """Whether a local folder has the files of a tokenizer."""
+    return any((Path(folder) / name).is_file() for name in ("tokenizer.json", "vocab.json"))
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a local folder, as it is.
+
+    Raises:
+        ValueError: If there is none, or it does not give every byte back.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError) as error:

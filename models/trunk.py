@@ -16,6 +16,7 @@ from monai.networks.blocks.crossattention import CrossAttentionBlock
 from monai.networks.nets.basic_unet import Down, TwoConv, UpCat
 from monai.networks.nets.diffusion_model_unet import get_timestep_embedding
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 _ACTIVATION = ("leakyrelu", {"negative_slope": 0.1, "inplace": True})
 _NORM = ("instance", {"affine": True})
@@ -47,6 +48,7 @@ class ConditionalUNet(nn.Module):
             num_heads: Of the cross-attention.
         """
         super().__init__()
+        self.use_checkpoint = False
         blocks = {"act": _ACTIVATION, "norm": _NORM, "bias": True}
         self.first = TwoConv(2, in_channels, channels[0], **blocks)
         self.downs = nn.ModuleList(Down(2, finer, coarser, **blocks) for finer, coarser in pairwise(channels))
@@ -81,18 +83,24 @@ class ConditionalUNet(nn.Module):
         embedded = get_timestep_embedding(time * 1000.0, _TIME_WIDTH)
         wanted = self.embed(torch.cat([embedded, condition.mean(1)], dim=1))
         x = nn.functional.pad(x, (0, -width % multiple, 0, -height % multiple))
-        features = _film(self.first(x), self.down_films[0](wanted))
+        features = _film(self._run(self.first, x), self.down_films[0](wanted))
         skips = []
         for level, down in enumerate(self.downs):
             skips.append(features)
-            features = down(features)
+            features = self._run(down, features)
             if level < len(self.inject):
                 features = features + self.inject[level](_fitted(pyramid[level], features.shape[-2:]))
             features = _film(features, self.down_films[level + 1](wanted))
         features = features + self._attend(features, condition)
         for level in reversed(range(len(self.ups))):
-            features = _film(self.ups[level](features, skips[level]), self.up_films[level](wanted))
+            features = _film(self._run(self.ups[level], features, skips[level]), self.up_films[level](wanted))
         return self.last(features)[..., :height, :width]
+
+    def _run(self, block: nn.Module, *inputs: Tensor) -> Tensor:
+        """A level, whose activations are computed again in the backward pass if that is wanted."""
+        if self.use_checkpoint and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
 
     def _attend(self, features: Tensor, condition: Tensor) -> Tensor:
         """What each place of the coarsest level reads from the prompt."""

@@ -5,7 +5,11 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
+import re
 from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from einops import rearrange
@@ -68,8 +72,8 @@ class VisionEncoder(nn.Module):
 
 
 def visual_tokens(pyramid: list[Tensor]) -> Tensor:
-    """The coarsest map as tokens `(B, N, V)` in z-major raster order, layer-normed without affine."""
-    tokens = rearrange(pyramid[-1], "b v d h w -> b (d h w) v")
+    """The coarsest map as float32 tokens `(B, N, V)` in z-major raster order, layer-normed without affine."""
+    tokens = rearrange(pyramid[-1], "b v d h w -> b (d h w) v").float()
     return nn.functional.layer_norm(tokens, tokens.shape[-1:])
 
 
@@ -155,3 +159,65 @@ def _fourier_position(grid: tuple[int, int, int], spacing_mm: Tensor) -> Tensor:
     phase = rearrange(2 * torch.pi * centre_mm[..., None] / wavelengths_mm, "b n c f -> b n (c f)")
     size = (spacing_mm / 64.0)[:, None].expand(-1, index.shape[0], -1)
     return torch.cat([phase.sin(), phase.cos(), size], dim=-1)
+
+
+@dataclass(frozen=True)
+class MatchedWeights:
+    """What of a published encoder could be taken."""
+
+    taken: tuple[str, ...]
+    """Tensors that were taken, by their names here."""
+    other_shape: tuple[str, ...]
+    """Tensors that both have, in different shapes (other window, patch or width)."""
+    absent: tuple[str, ...]
+    """Tensors that only we have."""
+
+
+_PREFIX = re.compile(r"^(module\.)?(swinViT\.|swin_vit\.|encoder\.)?")
+_RENAMED = {"mlp.fc1.": "mlp.linear1.", "mlp.fc2.": "mlp.linear2."}
+
+
+def load_swin_weights(encoder: VisionEncoder, path: Path | str, *, mergings: bool = False) -> MatchedWeights:
+    """Take the weights of a published MONAI Swin encoder where name and shape agree.
+
+    Reads `model_swinvit.pt` of the self-supervised pretraining (`module.layers1.0...`), and checkpoints of
+    `SwinUNETR` (`swinViT.layers1...`), with or without `state_dict` around them.
+
+    Args:
+        encoder: To fill.
+        path: Of the file; read without running code from it (`weights_only`).
+        mergings: Take the patch mergings too. Files from before MONAI 1.0 (the two above) order the voxels that are
+            merged in another way, in equal shapes: with them this must stay off.
+
+    Raises:
+        ValueError: If the file holds no tensor of such an encoder, or is no file of weights.
+    """
+    try:
+        values = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path}: expected a file of weights without other objects: {error}") from error
+    while isinstance(values, dict) and isinstance(values.get("state_dict", values.get("model")), dict):
+        values = values.get("state_dict", values.get("model"))
+    theirs = {_own_name(name): value for name, value in values.items() if isinstance(value, Tensor)}
+    own = {name: p for name, p in encoder.swin.named_parameters() if mergings or ".downsample." not in name}
+    both = [name for name in own if name in theirs]
+    if not both:
+        raise ValueError(
+            f"{path}: expected tensors as module.layers1.0.blocks.0.norm1.weight, found {list(values)[:3]}."
+        )
+    taken = tuple(name for name in both if own[name].shape == theirs[name].shape)
+    with torch.no_grad():
+        for name in taken:
+            own[name].copy_(theirs[name])
+    every = dict(encoder.swin.named_parameters())
+    return MatchedWeights(
+        taken, tuple(name for name in both if name not in taken), tuple(name for name in every if name not in both)
+    )
+
+
+def _own_name(name: str) -> str:
+    """Name in MONAI's `SwinTransformer` of today."""
+    name = _PREFIX.sub("", name)
+    for old, new in _RENAMED.items():
+        name = name.replace(old, new)
+    return name

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,6 @@ from omnimri.models.geometry import voxel_box_to_mm
 from omnimri.models.preprocess import Preprocess
 from omnimri.models.prompts import instruction_for, structures_of, untagged
 from omnimri.models.scan import Scan
-from omnimri.models.special_tokens import BBOX, BBOX_END
 from omnimri.models.vocabulary import DIAGNOSES, RESEARCH_NOTICE, STRUCTURES, TISSUES
 from omnimri.serve.intake import Intake
 from omnimri.serve.pictures import contact_sheet
@@ -89,14 +87,13 @@ def segmentation_measurements(scan: Scan, labels: np.ndarray, names: dict[int, s
     ]
 
 
-def findings(scan: Scan, preprocess: Preprocess, text: str, logprob: float | None) -> list[Finding]:
-    """Boxes of a detection answer on the native grid; a streamed answer has lost its tags and gets them back.
+def findings(scan: Scan, preprocess: Preprocess, result: dict[str, Any]) -> list[Finding]:
+    """Boxes of a detection answer on the native grid, each with its own score.
 
     Raises:
         ValueError: If the text is not a detection answer.
     """
-    answer = text if BBOX in text else f"{BBOX}{text}{BBOX_END}"
-    score = 0.0 if logprob is None else min(1.0, math.exp(logprob))
+    boxes = text_to_boxes(result["text"], BoxCoder(scan, preprocess))
     return [
         Finding(
             label=box.label,
@@ -104,8 +101,9 @@ def findings(scan: Scan, preprocess: Preprocess, text: str, logprob: float | Non
             box_voxel=list(box.box_voxel),
             box_mm=voxel_box_to_mm(list(box.box_voxel), scan.affine),
             score=score,
+            calibrated=result["calibrated"],
         )
-        for box in text_to_boxes(answer, BoxCoder(scan, preprocess))
+        for box, score in zip(boxes, result["box_scores"], strict=True)
     ]
 
 
@@ -180,7 +178,7 @@ def text_draft(task: str, intake: Intake, instruction: str, result: dict[str, An
     draft = Draft(instruction, [*intake.warnings, *result["warnings"]], text=untagged(result["text"]))
     if task == "detect":
         try:
-            draft.findings = findings(intake.scan, preprocess, result["text"], result["logprob"])
+            draft.findings = findings(intake.scan, preprocess, result)
         except ValueError:
             draft.findings = []
             draft.warnings.append("The model's answer is no list of boxes, so it names no finding; see text.")

@@ -23,6 +23,7 @@ from omnimri.serve.config import EncoderConfig, ImageConfig, ReplicaConfig, Text
 from omnimri.serve.text_backends import EngineBackend, TextBackend, VllmBackend
 
 if TYPE_CHECKING:
+    from omnimri.models.decoding import TextAnswer
     from omnimri.models.engine import Engine, Prompt
     from omnimri.models.scan import Scan
 
@@ -98,7 +99,7 @@ class Encoder(ModelReplica):
 
 @serve.deployment(name="text", **TextConfig().options())
 class Text(ModelReplica):
-    """Text decoding with the engine's own `generate`, or with vLLM."""
+    """Text decoding with transformers, or with vLLM."""
 
     PARTS = ("text",)
 
@@ -109,25 +110,33 @@ class Text(ModelReplica):
         else:
             self.backend = EngineBackend(load(self.PARTS), self.run)
 
-    async def answer(self, prompt: Prompt, *, choices: Sequence[str] = (), **sampling: Any) -> dict[str, Any]:
-        """Text with its mean token log-probability and, for `choices`, their probabilities.
+    async def answer(self, prompt: Prompt, *, choices: Sequence[str] = (), **options: Any) -> dict[str, Any]:
+        """Text, the scores of its boxes, whether the scores are calibrated, and for `choices` their probabilities.
 
         Args:
             prompt: From the encoder.
             choices: Closed answers to score.
-            sampling: `max_new_tokens`, `temperature`, `seed`.
+            options: `max_new_tokens`, `temperature`, `seed`, `grammar`.
         """
-        text, logprob = await self.backend.generate(prompt, **sampling)
+        written = await self.backend.generate(prompt, **options)
         scores = await self.backend.score(prompt, list(choices)) if choices else []
-        return {"text": text, "logprob": logprob, "scores": scores, "warnings": list(prompt.warnings)}
+        return self._result(prompt, written, scores)
 
-    async def stream(self, prompt: Prompt, **sampling: Any) -> AsyncIterator[str | dict[str, Any]]:
-        """Pieces of text as they come, then one dictionary like that of `answer`, with the whole text."""
-        pieces: list[str] = []
-        async for piece in self.backend.stream(prompt, **sampling):
-            pieces.append(piece)
-            yield piece
-        yield {"text": "".join(pieces), "logprob": None, "scores": [], "warnings": list(prompt.warnings)}
+    async def stream(self, prompt: Prompt, **options: Any) -> AsyncIterator[str | dict[str, Any]]:
+        """Pieces of text as they come, then one dictionary like that of `answer`."""
+        async for item in self.backend.stream(prompt, **options):
+            yield item if isinstance(item, str) else self._result(prompt, item, [])
+
+    def _result(self, prompt: Prompt, written: TextAnswer, scores: list[float]) -> dict[str, Any]:
+        detection = self.backend.detection
+        cut = [] if written.finished else ["The answer was cut at max_new_tokens."]
+        return {
+            "text": written.text,
+            "box_scores": [detection.score(logprob) for logprob in written.box_logprobs],
+            "calibrated": detection.calibration is not None,
+            "scores": scores,
+            "warnings": [*prompt.warnings, *cut],
+        }
 
     async def check_health(self) -> None:
         """Also asks the backend."""

@@ -23,9 +23,11 @@ from ray.serve import metrics
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
+from omnimri.models.grammars import json_grammar
 from omnimri.models.instructions import is_question
 from omnimri.models.prompts import diagnosis_choices, instruction_for
 from omnimri.models.scan import Scan
+from omnimri.platform.language.description import description_schema
 from omnimri.serve.admission import Admission, busy
 from omnimri.serve.answers import (
     Draft,
@@ -137,7 +139,9 @@ class Ingress:
             instruction = form.instruction or instruction_for(task)
             prompt = self._prompt(intake.scan, instruction, task)
             choices = diagnosis_choices() if task == "diagnose" and not is_question(instruction) else []
-            result = await self._result(self.text.answer.remote(prompt, choices=choices, **_sampling(form)), "text")
+            result = await self._result(
+                self.text.answer.remote(prompt, choices=choices, **_options(task, form)), "text"
+            )
             if choices and not result["scores"]:
                 result["warnings"].append("Probabilities need text.backend=transformers, so only the text is given.")
             return await asyncio.to_thread(text_draft, task, intake, instruction, result, self.contract.preprocess)
@@ -152,7 +156,7 @@ class Ingress:
             intake = await self._read(form)
             instruction = form.instruction or instruction_for(task)
             prompt = self._prompt(intake.scan, instruction, task)
-            pieces = self.text.options(stream=True).stream.remote(prompt, **_sampling(form))
+            pieces = self.text.options(stream=True).stream.remote(prompt, **_options(task, form))
             with self._model_errors("text"):
                 async for piece in pieces:
                     if isinstance(piece, str):
@@ -269,5 +273,15 @@ class Ingress:
             logger.info("request %s task %s status %s", request_id, task, status)
 
 
-def _sampling(form: TextForm) -> dict[str, Any]:
-    return {"max_new_tokens": form.max_new_tokens, "temperature": form.temperature, "seed": form.seed}
+def _options(task: str, form: TextForm) -> dict[str, Any]:
+    """How the text deployment decodes.
+
+    Raises:
+        RequestError: 422 for a description of a task that is no report.
+    """
+    options = {"max_new_tokens": form.max_new_tokens, "temperature": form.temperature, "seed": form.seed}
+    if form.format == "text":
+        return options
+    if task != "report":
+        raise RequestError(422, "unknown_format", f"format=description is for reports; the task is {task}.")
+    return options | {"grammar": json_grammar(description_schema())}

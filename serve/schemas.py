@@ -29,7 +29,10 @@ class Finding(BaseModel):
     box_mm: list[float] = Field(
         description="[x_min, y_min, z_min, x_max, y_max, z_max], RAS mm, the upright hull of the voxel box."
     )
-    score: float = Field(description="Mean token probability of the answer, 0 to 1; not calibrated.")
+    score: float = Field(description="Probability that the box is right, 0 to 1.")
+    calibrated: bool = Field(
+        False, description="Whether the score was calibrated on held-out patients; else that of the box's tokens."
+    )
 
 
 class Measurement(BaseModel):
@@ -155,8 +158,11 @@ class SegmentForm(UploadForm):
 class TextForm(UploadForm):
     """Detection, diagnosis and report."""
 
-    max_new_tokens: int = Field(192, ge=1, le=1024)
+    max_new_tokens: int = Field(192, ge=1, le=2048)
     temperature: float = Field(0.0, ge=0.0, le=2.0, description="0 always takes the likeliest token.")
+    format: Literal["text", "description"] = Field(
+        "text", description="Of a report: text, or the five-level description as JSON, which needs some 600 tokens."
+    )
     stream: bool = Field(False, description="Answer as text/event-stream: `token` events, then one `answer`.")
 
 

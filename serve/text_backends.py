@@ -1,10 +1,10 @@
-"""How a text replica decodes: with the engine's own loop, or with vLLM. Both take a whole prompt as embeddings."""
+"""How a text replica decodes: with transformers, or with vLLM. Both take a whole prompt as embeddings."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
-import math
 import os
 import threading
 import uuid
@@ -14,9 +14,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from omnimri.models.detection import Detection, read_detection
+from omnimri.models.grammars import detection_grammar
 from omnimri.serve.config import TextConfig
 
 if TYPE_CHECKING:
+    from omnimri.models.decoding import TextAnswer
     from omnimri.models.engine import Engine, Prompt
 
 RunOnThread = Callable[..., Any]
@@ -24,15 +27,16 @@ RunOnThread = Callable[..., Any]
 
 
 class TextBackend(Protocol):
-    """What the text deployment needs."""
+    """What the text deployment needs; options are those of `Engine.generate_text`."""
 
-    async def generate(
-        self, prompt: Prompt, *, max_new_tokens: int, temperature: float, seed: int
-    ) -> tuple[str, float]:
-        """Text with its special tokens, and its mean token log-probability."""
+    detection: Detection
+    """How boxes are scored."""
 
-    def stream(self, prompt: Prompt, *, max_new_tokens: int, temperature: float, seed: int) -> AsyncIterator[str]:
-        """Pieces of the readable text."""
+    async def generate(self, prompt: Prompt, **options: Any) -> TextAnswer:
+        """The whole answer."""
+
+    def stream(self, prompt: Prompt, **options: Any) -> AsyncIterator[str | TextAnswer]:
+        """Pieces of the readable text, then the whole answer."""
 
     async def score(self, prompt: Prompt, choices: list[str]) -> list[float]:
         """Probability of each of several whole answers; empty where the backend cannot tell."""
@@ -42,38 +46,42 @@ class TextBackend(Protocol):
 
 
 class EngineBackend:
-    """The engine's decoding loop on transformers."""
+    """The engine's decoding on transformers."""
 
     def __init__(self, engine: Engine, run: RunOnThread) -> None:
         self.engine = engine
+        self.detection = engine.detection
         self.run = run
 
-    async def generate(self, prompt: Prompt, **sampling: Any) -> tuple[str, float]:
+    async def generate(self, prompt: Prompt, **options: Any) -> TextAnswer:
         """See `TextBackend`."""
-        answer = await self.run(self.engine.generate_text, prompt, **sampling)
-        return answer.text, float(answer.logprob)
+        return await self.run(self.engine.generate_text, prompt, **options)
 
     async def score(self, prompt: Prompt, choices: list[str]) -> list[float]:
         """See `TextBackend`."""
         return (await self.run(self.engine.score_choices, prompt, choices)).tolist()
 
-    async def stream(self, prompt: Prompt, **sampling: Any) -> AsyncIterator[str]:
-        """The engine's blocking iterator, moved to the model thread; it stops when the caller goes away."""
-        loop, queue, gone = asyncio.get_running_loop(), asyncio.Queue[str | None](), threading.Event()
+    async def stream(self, prompt: Prompt, **options: Any) -> AsyncIterator[str | TextAnswer]:
+        """The engine's pieces from the model thread; it stops when the caller goes away."""
+        loop, gone = asyncio.get_running_loop(), threading.Event()
+        queue: asyncio.Queue[str | TextAnswer | None] = asyncio.Queue()
 
-        def stream_text() -> None:
-            try:
-                for piece in self.engine.stream_text(prompt, **sampling):
-                    if gone.is_set():
-                        break
-                    loop.call_soon_threadsafe(queue.put_nowait, piece)
-            finally:
-                loop.call_soon_threadsafe(queue.put_nowait, None)
+        def put(item: str | TextAnswer | None) -> None:
+            if gone.is_set():
+                raise asyncio.CancelledError("The caller has gone away.")
+            loop.call_soon_threadsafe(queue.put_nowait, item)
 
-        producing = asyncio.ensure_future(self.run(stream_text))
+        def write() -> None:
+            with contextlib.suppress(asyncio.CancelledError):
+                try:
+                    put(self.engine.generate_text(prompt, on_text=put, **options))
+                finally:
+                    put(None)
+
+        producing = asyncio.ensure_future(self.run(write))
         try:
-            while (piece := await queue.get()) is not None:
-                yield piece
+            while (item := await queue.get()) is not None:
+                yield item
             await producing
         finally:
             gone.set()
@@ -96,12 +104,12 @@ class VllmBackend:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        from omnimri.models.special_tokens import TURN_END
         from omnimri.models.tokenizer import load_tokenizer
 
         backbone = Path(model) / "backbone"
         self.width = json.loads((backbone / "config.json").read_text())["hidden_size"]
-        self.end = load_tokenizer(Path(model) / "tokenizer").convert_tokens_to_ids(TURN_END)
+        self.tokenizer = load_tokenizer(Path(model) / "tokenizer")
+        self.detection = read_detection(model)
         self.engine = AsyncLLM.from_engine_args(
             AsyncEngineArgs(
                 model=str(backbone),
@@ -110,31 +118,31 @@ class VllmBackend:
                 dtype=config.vllm_dtype,
                 max_model_len=config.vllm_max_model_len,
                 enforce_eager=config.vllm_eager,
+                structured_outputs_config={"backend": "guidance"},  # reads the grammars of `models.grammars`
                 disable_log_stats=True,
             )
         )
 
-    async def generate(
-        self, prompt: Prompt, *, max_new_tokens: int, temperature: float, seed: int
-    ) -> tuple[str, float]:
+    async def generate(self, prompt: Prompt, **options: Any) -> TextAnswer:
         """See `TextBackend`."""
-        from vllm.sampling_params import RequestOutputKind
+        *_, answer = [item async for item in self.stream(prompt, **options)]
+        assert not isinstance(answer, str)
+        return answer
 
-        sampling = self._sampling(max_new_tokens, temperature, seed, RequestOutputKind.FINAL_ONLY, readable=False)
-        async for result in self.engine.generate(self._input(prompt), sampling, uuid.uuid4().hex):
-            output = result.outputs[0]
-        steps = zip(output.token_ids, output.logprobs, strict=True)
-        logprobs = [scores[token].logprob for token, scores in steps if token != self.end]
-        return output.text, math.fsum(logprobs) / max(1, len(logprobs))
-
-    async def stream(self, prompt: Prompt, *, max_new_tokens: int, temperature: float, seed: int) -> AsyncIterator[str]:
+    async def stream(self, prompt: Prompt, **options: Any) -> AsyncIterator[str | TextAnswer]:
         """See `TextBackend`; vLLM drops the request when the caller goes away."""
-        from vllm.sampling_params import RequestOutputKind
+        from omnimri.models.decoding import assemble
 
-        sampling = self._sampling(max_new_tokens, temperature, seed, RequestOutputKind.DELTA, readable=True)
+        token_ids: list[int] = []
+        logprobs: list[float] = []
+        sampling = self._sampling(prompt.task, **options)
         async for result in self.engine.generate(self._input(prompt), sampling, uuid.uuid4().hex):
-            if result.outputs[0].text:
-                yield result.outputs[0].text
+            (output,) = result.outputs
+            token_ids += output.token_ids
+            logprobs += [scores[token].logprob for token, scores in zip(output.token_ids, output.logprobs, strict=True)]
+            if output.text:
+                yield output.text
+        yield assemble(self.tokenizer, prompt.task, token_ids, logprobs)
 
     async def score(self, prompt: Prompt, choices: list[str]) -> list[float]:  # noqa: ARG002
         """Empty: vLLM gives no log-probabilities of given tokens after a prompt of embeddings."""
@@ -144,12 +152,20 @@ class VllmBackend:
         """Raises when vLLM's engine process has died; Serve then replaces the replica."""
         await self.engine.check_health()
 
-    def _sampling(self, max_new_tokens: int, temperature: float, seed: int, kind: Any, *, readable: bool) -> Any:
+    def _sampling(
+        self, task: str, *, max_new_tokens: int, temperature: float, seed: int, grammar: str | None = None
+    ) -> Any:
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
+        from omnimri.models.decoding import stop_tokens
+
+        grammar = grammar or (detection_grammar(self.detection.labels) if task == "detect" else None)
         return SamplingParams(
-            max_tokens=max_new_tokens, temperature=temperature, seed=seed, logprobs=None if readable else 0,
-            stop_token_ids=[self.end], skip_special_tokens=readable, output_kind=kind,
+            max_tokens=max_new_tokens, temperature=temperature, seed=seed, logprobs=0,
+            stop_token_ids=stop_tokens(self.tokenizer), skip_special_tokens=True,
+            output_kind=RequestOutputKind.DELTA,
+            structured_outputs=StructuredOutputsParams(grammar=grammar) if grammar else None,
         )  # fmt: skip
 
     def _input(self, prompt: Prompt) -> dict[str, Any]:

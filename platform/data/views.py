@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from omnimri.models import special_tokens as special
+from omnimri.models.instructions import FOREIGN_STRUCTURES, NEAR
 from omnimri.models.physics import (
     SenseOperator,
     estimate_sens_maps,
@@ -55,10 +56,15 @@ class ViewOptions:
     """Slices that an image sample takes of one volume."""
     accelerations: tuple[int, ...] = (4, 4, 8)
     """Drawn from with equal chance; repeat one to weigh it."""
+    random_mask_share: float = 0.3
+    """Share of undersampled acquisitions whose outer lines are drawn independently (fastMRI knee); those of the others
+    are equispaced (fastMRI brain)."""
     volumes_per_sequence: int = 4
     """Contrasts of a study that an interleaved sequence shows, at most; each shows two at least."""
     structures_per_sample: int = 4
     """Structures that a segmentation sample asks for, each by an instruction of its own."""
+    foreign_share: float = 0.1
+    """Share of them that another part of the body has, where the row says which part it shows: their mask is empty."""
     text_tasks: Mapping[str, float] = field(default_factory=lambda: {"detect": 0.25, "diagnose": 0.45, "report": 0.3})
     """Chance of each text task where a row has labels for all."""
     question_share: float = 0.2
@@ -66,8 +72,9 @@ class ViewOptions:
     does not fit the image) instead of a whole task."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.question_share <= 1:
-            raise ValueError(f"ViewOptions.question_share must be between 0 and 1, found {self.question_share}.")
+        for name in ("question_share", "random_mask_share", "foreign_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"ViewOptions.{name} must be between 0 and 1, found {getattr(self, name)}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,7 +205,7 @@ def reconstruction_sample(row: Row, rng: np.random.Generator, options: ViewOptio
     scan = undersample(
         row_to_scan(row),
         acceleration=acceleration,
-        kind=str(rng.choice(["equispaced", "random"], p=[0.7, 0.3])),
+        kind=str(rng.choice(["equispaced", "random"], p=[1 - options.random_mask_share, options.random_mask_share])),
         seed=int(rng.integers(2**31)),
     )
     full = torch.tensor(row["kspace"])
@@ -254,6 +261,9 @@ def segmentation_sample(row: Row, rng: np.random.Generator, options: ViewOptions
     scan = row_to_scan(row)
     names: dict[int, str] = row["label_names"]
     structures = _drawn_structures(names, options.structures_per_sample, rng)
+    foreign = _foreign_structures(row["body_part"])
+    if foreign and options.foreign_share:
+        structures = [str(rng.choice(foreign)) if rng.random() < options.foreign_share else s for s in structures]
     source = options.preprocess.slices(scan)
 
     def on_slices(mask: np.ndarray) -> torch.Tensor:
@@ -282,6 +292,18 @@ def _drawn_structures(names: Mapping[int, str], count: int, rng: np.random.Gener
     known = segmentable(names)
     order = rng.permutation(len(known))
     return [known[order[i % len(known)]] for i in range(count)]
+
+
+def _foreign_structures(body_part: str | None) -> list[str]:
+    """Structures that an image of a body part cannot show; none where the part is unknown."""
+    if body_part not in NEAR:
+        return []
+    return [
+        structure
+        for other, structures in FOREIGN_STRUCTURES.items()
+        for structure in structures
+        if other != body_part and other not in NEAR[body_part]
+    ]
 
 
 def _to_slice_grid(slices: torch.Tensor, options: ViewOptions) -> torch.Tensor:

@@ -110,8 +110,8 @@ class CaseContext:
     engine: Any
     """`omnimri.models.engine.Engine`, or anything with its methods; None scores the rivals alone."""
     config: EvaluateConfig
-    sense_settings: Mapping[int, SenseSetting]
-    """Tuned CG-SENSE by acceleration."""
+    settings: Mapping[str, Mapping[int, SenseSetting]]
+    """Tuned iterative baselines, by name and acceleration."""
     frequencies: np.ndarray
     """`(K,)` share of training patients per diagnosis."""
     rivals: Rivals = field(default_factory=dict)

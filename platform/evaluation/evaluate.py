@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import platform
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -23,9 +23,11 @@ from omnimri.models.vocabulary import RESEARCH_NOTICE
 from omnimri.platform.data.shards import RowRef, Shards, load_row, row_to_scan
 from omnimri.platform.evaluation import baselines
 from omnimri.platform.evaluation.baselines import SenseSetting
+from omnimri.platform.evaluation.calibration import calibrate_boxes
 from omnimri.platform.evaluation.cases import Record, Rivals, columns_of
 from omnimri.platform.evaluation.config import EvaluateConfig
 from omnimri.platform.evaluation.floors import shuffled
+from omnimri.platform.evaluation.measures import METHOD_LABELS
 from omnimri.platform.evaluation.page import picture_name, write_page
 from omnimri.platform.evaluation.summary import DECISIVE, Summary, summarise
 from omnimri.platform.evaluation.workers import Unit, load_engine, no_rivals, score_units
@@ -69,8 +71,12 @@ def evaluate(
         about: More for the header.
 
     Raises:
-        ValueError: If the split holds nothing that any of the tasks can be scored on.
+        ValueError: If the split holds nothing that any of the tasks can be scored on, or nothing can be calibrated.
     """
+    if config.calibrate and model_dir is None:
+        raise ValueError(
+            "evaluate: calibrate=true fits the scores of a model's boxes, and there is no model: set false."
+        )
     out.mkdir(parents=True, exist_ok=True)
     units, notes = plan(shards, config)
     if not units:
@@ -78,10 +84,14 @@ def evaluate(
             f"evaluate: no row of split {config.split!r} can be scored on {', '.join(config.tasks)}. "
             "Ingest annotated data, or choose another --split."
         )
-    settings, tuning_notes = tune_cg_sense(shards, config) if "reconstruct" in config.tasks else ({}, [])
+    settings, tuning_notes = tune_iterative(shards, config) if "reconstruct" in config.tasks else ({}, [])
+    if model_dir is not None and config.calibrate and "detect" in config.tasks:
+        held_out = shards.select(split=config.tuning_split, has_boxes=True).rows
+        chosen = spread_over_patients(held_out, config.volume_limit("detect"))
+        notes += calibrate_boxes(model_dir, shards, chosen, config, engine_loader)
     frequencies = baselines.class_frequencies(_training_classes(shards) if "diagnose" in config.tasks else {})
     records, skipped, version = _run(
-        units, out, config, model_dir=model_dir, engine_loader=engine_loader, sense_settings=settings,
+        units, out, config, model_dir=model_dir, engine_loader=engine_loader, settings=settings,
         frequencies=frequencies, rivals_loader=rivals_loader,
     )  # fmt: skip
     if not records:
@@ -127,19 +137,23 @@ def _training_classes(shards: Shards) -> dict[str, list[str]]:
     return {ref.patient_id: load_row(ref, ("classes",))["classes"] for ref in spread_over_patients(refs, None)}
 
 
-def tune_cg_sense(shards: Shards, config: EvaluateConfig) -> tuple[dict[int, SenseSetting], list[str]]:
-    """The best CG-SENSE setting per acceleration on the tuning split, and a note on how it was found.
+def tune_iterative(shards: Shards, config: EvaluateConfig) -> tuple[dict[str, dict[int, SenseSetting]], list[str]]:
+    """The best setting of every iterative baseline per acceleration on the tuning split, and notes on how it was found.
 
     It runs here and not in workers: a handful of slices of a handful of volumes, whatever the size of the corpus.
     """
-    candidates = shards.select(split=config.tuning_split, fully_sampled=True).rows
-    refs = spread_over_patients(candidates, config.tuning_volumes)
+    grids = {"cg_sense": (config.cg_weights, config.cg_steps)}
+    grids |= dict.fromkeys(config.compressed_sensing, (config.cs_weights, config.cs_steps))
+    refs = spread_over_patients(
+        shards.select(split=config.tuning_split, fully_sampled=True).rows, config.tuning_volumes
+    )
     if not refs:
         note = (
-            f"CG-SENSE not tuned: split {config.tuning_split!r} holds no fully sampled k-space; {SenseSetting()} used."
+            f"{_names(grids)} not tuned: split {config.tuning_split!r} holds no fully sampled k-space; "
+            f"{SenseSetting()} used."
         )
-        return dict.fromkeys(config.accelerations, SenseSetting()), [note]
-    scores: dict[int, list[dict[SenseSetting, float]]] = {acceleration: [] for acceleration in config.accelerations}
+        return {method: dict.fromkeys(config.accelerations, SenseSetting()) for method in grids}, [note]
+    scores: dict[tuple[str, int], list[dict[SenseSetting, float]]] = defaultdict(list)
     for ref in refs:
         scan = baselines.central_slices(row_to_scan(load_row(ref, columns_of("reconstruct"))), config.tuning_slices)
         for acceleration, center_fraction in config.conditions:
@@ -147,18 +161,35 @@ def tune_cg_sense(shards: Shards, config: EvaluateConfig) -> tuple[dict[int, Sen
                 scan, ref.row_id, acceleration=acceleration, center_fraction=center_fraction,
                 kind=config.mask_kind, seed=config.seed,
             )  # fmt: skip
-            grid = baselines.grid_psnr(scan, mask, config.cg_weights, config.cg_steps, config.sens_maps)
-            scores[acceleration].append(grid)
-    settings = {acceleration: baselines.best_setting(grids) for acceleration, grids in scores.items()}
-    return settings, [_tuning_note(acceleration, setting, config) for acceleration, setting in settings.items()]
+            for method, (weights, steps) in grids.items():
+                grid = baselines.grid_psnr(scan, mask, weights, steps, config.sens_maps, method)
+                scores[method, acceleration].append(grid)
+    settings: dict[str, dict[int, SenseSetting]] = {method: {} for method in grids}
+    for (method, acceleration), found in scores.items():
+        settings[method][acceleration] = baselines.best_setting(found)
+    notes = [
+        _tuning_note(method, acceleration, setting, grids[method], config)
+        for method, chosen in settings.items()
+        for acceleration, setting in chosen.items()
+    ]
+    return settings, notes
 
 
-def _tuning_note(acceleration: int, setting: SenseSetting, config: EvaluateConfig) -> str:
-    edge = setting.weight in (min(config.cg_weights), max(config.cg_weights))
+def _names(methods: Iterable[str]) -> str:
+    return " and ".join(METHOD_LABELS[method].partition(",")[0] for method in methods)
+
+
+def _tuning_note(
+    method: str, acceleration: int, setting: SenseSetting, grid: tuple[tuple[float, ...], tuple[int, ...]],
+    config: EvaluateConfig,
+) -> str:  # fmt: skip
+    weights, steps = grid
+    field = "cg_weights" if method == "cg_sense" else "cs_weights"
+    edge = setting.weight in (min(weights), max(weights))
     return (
-        f"CG-SENSE at {acceleration}x: weight {setting.weight:g}, {setting.num_steps} iterations, the best of "
-        f"{len(config.cg_weights) * len(config.cg_steps)} settings on split {config.tuning_split!r}, "
-        f"{config.sens_maps} coil maps" + (" (at the edge of cg_weights)." if edge else ".")
+        f"{_names([method])} at {acceleration}x: weight {setting.weight:g}, {setting.num_steps} iterations, "
+        f"the best of {len(weights) * len(steps)} settings on split {config.tuning_split!r}, "
+        f"{config.sens_maps} coil maps" + (f" (at the edge of {field})." if edge else ".")
     )
 
 

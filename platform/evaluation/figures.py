@@ -177,10 +177,14 @@ def _dotted_rectangle(draw: ImageDraw.ImageDraw, corners: Sequence[float], colou
 
 
 RECONSTRUCTION_TITLES = {
-    "zero_filled": "Zero-filled", "cg_sense": "CG-SENSE", "recon_unet": "U-Net", "varnet": "VarNet",
+    "zero_filled": "Zero-filled",
+    "cg_sense": "CG-SENSE",
+    "total_variation": "Total variation",
+    "recon_unet": "U-Net",
+    "varnet": "VarNet",
     "omnimri": "OmniMRI",
-}  # fmt: skip
-"""Methods that are shown, where they were run."""
+}
+"""Methods that are shown, those of them that were run."""
 
 
 def reconstruction_panels(
@@ -194,8 +198,9 @@ def reconstruction_panels(
         values: Method to its `psnr` and `ssim` on this volume.
     """
     images, errors = [], []
-    shown = {method: title for method, title in RECONSTRUCTION_TITLES.items() if method in values}
-    for method, title in shown.items():
+    for method, title in RECONSTRUCTION_TITLES.items():
+        if method not in values:
+            continue
         note = f"PSNR {values[method]['psnr']:.1f} dB · SSIM {values[method]['ssim']:.3f}"
         name = f"{condition}_{method}"
         images.append(Panel(title, lettered(grey(picture, name), picture), note))

@@ -6,6 +6,7 @@ image tells them apart. It is made of the answers that are there, so it costs no
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 from omnimri.models.boxes import Box
 from omnimri.platform.evaluation.cases import MODEL, SHUFFLED, Record
 from omnimri.platform.evaluation.config import EvaluateConfig
-from omnimri.platform.evaluation.text_cases import detection_values, report_values
+from omnimri.platform.evaluation.text_cases import box_table, detection_values, report_values
 
 
 def shuffled(records: Sequence[Record], config: EvaluateConfig) -> list[Record]:
@@ -50,9 +51,15 @@ def _partners(records: Sequence[Record], seed: int) -> list[tuple[Record, Record
 
 
 def _boxes_of_another(truth: Record, other: Record, iou_threshold: float) -> dict[str, Any]:
-    reference = [Box(**box) for box in truth.texts["reference"]]
-    predicted = [Box(**box) for box in other.texts["predicted"]] if other.values["parsed"] else None
-    return detection_values(reference, predicted, iou_threshold)
+    reference, predicted, candidates = (
+        [Box(**box) for box in record.texts[name]]
+        for record, name in ((truth, "reference"), (other, "predicted"), (other, "candidates"))
+    )
+    values = detection_values(reference, predicted if other.values["parsed"] else None, iou_threshold)
+    if "num_candidates" not in other.values:
+        return values
+    is_calibrated = math.isfinite(other.values["num_calibrated"])
+    return values | box_table(candidates, reference, iou_threshold, is_calibrated=is_calibrated)
 
 
 def _probabilities_of_another(truth: Record, other: Record) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from omnimri.models.vocabulary import FINDINGS, LESION, TISSUES, structure_of
 from omnimri.platform.data.shards import row_to_scan
 from omnimri.platform.data.views import structure_mask
 from omnimri.platform.evaluation import baselines
-from omnimri.platform.evaluation.baselines import Acquisition
+from omnimri.platform.evaluation.baselines import Acquisition, SenseSetting
 from omnimri.platform.evaluation.cases import (
     CEILING,
     MODEL,
@@ -55,6 +55,8 @@ def reconstruct_case(context: CaseContext, row: Mapping[str, Any]) -> CaseResult
             magnitude, residual = reconstruct(acquisition)
             seconds = (time.perf_counter() - started) / len(target)
             values = _reconstruction_values(target, magnitude) | {"residual": residual, "seconds_per_slice": seconds}
+            if method == MODEL and config.uncertainty_samples:
+                values |= _uncertainty_values(context, scan, mask)
             records.append(record(f"{acceleration}x", method, values))
             picture[f"{acceleration}x_{method}"] = orient_slice(magnitude[shown], scan.affine).pixels
     return CaseResult(records, picture)
@@ -65,12 +67,14 @@ Reconstruct = Callable[[Acquisition], tuple[np.ndarray, float]]
 
 def _reconstructions(context: CaseContext, scan: Scan, acceleration: int) -> dict[str, Reconstruct]:
     """Every method, as a function from an acquisition to magnitude and data residual."""
-    setting = context.sense_settings[acceleration]
     methods: dict[str, Reconstruct] = {
         "zero_filled": lambda acquisition: _with_residual(baselines.zero_filled(acquisition), acquisition),
         # The magnitude without coil maps is not an image the forward model can be applied to.
         "zero_filled_rss": lambda acquisition: (acquisition.scan.image, float("nan")),
-        "cg_sense": lambda acquisition: _with_residual(baselines.cg_sense(acquisition, setting), acquisition),
+        **{
+            method: partial(_iterative, baselines.ITERATIVE[method], settings[acceleration])
+            for method, settings in context.settings.items()
+        },
         CEILING: lambda acquisition: _with_residual(baselines.fully_sampled(scan, acquisition), acquisition),
     }
     for name, rival in context.rivals.get("reconstruct", {}).items():
@@ -86,12 +90,32 @@ def _rival_reconstruction(
     return _with_residual(rival(acquisition), acquisition)
 
 
+def _iterative(
+    method: Callable[[Acquisition, SenseSetting], torch.Tensor], setting: SenseSetting, acquisition: Acquisition
+) -> tuple[np.ndarray, float]:
+    return _with_residual(method(acquisition, setting), acquisition)
+
+
 def _model_reconstruction(context: CaseContext, acquisition: Acquisition) -> tuple[np.ndarray, float]:
     prompt = context.engine.encode(acquisition.scan, instruction_for("reconstruct"), "reconstruct")
     result = context.engine.reconstruct(
         acquisition.scan, prompt, num_steps=context.config.reconstruct_steps, seed=context.config.seed
     )
     return _with_residual(torch.from_numpy(np.asarray(result.image)), acquisition)
+
+
+def _uncertainty_values(context: CaseContext, scan: Scan, mask: np.ndarray) -> dict[str, float]:
+    """The model's uncertainty against its error, on the central slices."""
+    config = context.config
+    part = baselines.central_slices(scan, config.uncertainty_slices)
+    acquired = baselines.acquire(part, mask, config.sens_maps).scan
+    result = context.engine.reconstruct(
+        acquired, context.engine.encode(acquired, instruction_for("reconstruct"), "reconstruct"),
+        num_steps=config.reconstruct_steps, seed=config.seed, num_samples=config.uncertainty_samples,
+    )  # fmt: skip
+    return metrics.uncertainty_scores(
+        baselines.reference_magnitude(part), np.abs(np.asarray(result.image)), np.asarray(result.uncertainty)
+    )
 
 
 def _with_residual(image: torch.Tensor, acquisition: Acquisition) -> tuple[np.ndarray, float]:

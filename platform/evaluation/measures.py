@@ -56,8 +56,23 @@ def _f1(matched: str, predicted: str, reference: str) -> Callable[[Table], float
     return compute
 
 
-def _froc(table: Table) -> float:
-    return metrics.sensitivity_at(table["box_scores"], table["box_hits"], table["num_reference"], false_positives=1.0)
+def _froc(false_positives: float) -> Callable[[Table], float]:
+    def compute(table: Table) -> float:
+        is_box = table["box_scores"] >= 0
+        return metrics.froc_sensitivity(
+            table["box_scores"][is_box], table["box_right"][is_box], num_reference=int(table["num_reference"].sum()),
+            num_volumes=len(is_box), false_positives=false_positives,
+        )  # fmt: skip
+
+    return compute
+
+
+def _calibration_error(column: str) -> Callable[[Table], float]:
+    def compute(table: Table) -> float:
+        is_box = table[column] >= 0
+        return metrics.expected_calibration_error(table[column][is_box], table["box_right"][is_box])
+
+    return compute
 
 
 def _classes(score: Callable[[np.ndarray, np.ndarray], float]) -> Callable[[Table], float]:
@@ -84,6 +99,21 @@ METRICS: dict[str, dict[str, Metric]] = {
         "residual": Metric(
             "Data residual", _mean("residual"), ("residual",),
             "|A x - y| / |y| on the measured lines, coil maps from the centre lines; lower is closer to the data.",
+            "", 3, None,
+        ),
+        "uncertainty_correlation": Metric(
+            "Error follows uncertainty", _mean("uncertainty_correlation"), ("uncertainty_correlation",),
+            "Spearman correlation of mean error and mean uncertainty over foreground squares of 8 x 8 voxels, the "
+            "uncertainty by simulated acquisitions of the image; on some central slices (uncertainty_slices).",
+        ),
+        "uncertainty_ratio": Metric(
+            "Uncertainty over error", _mean("uncertainty_ratio"), ("uncertainty_ratio",),
+            "Root mean squares over the foreground of the same slices; one is calibrated, less is overconfident.",
+            "", 2, None,
+        ),
+        "uncertainty_coverage": Metric(
+            "Error below two uncertainties", _mean("uncertainty_coverage"), ("uncertainty_coverage",),
+            "Share of foreground voxels of the same slices; 0.95 where errors are Gaussian and the map is calibrated.",
             "", 3, None,
         ),
         "seconds_per_slice": Metric(
@@ -113,6 +143,13 @@ METRICS: dict[str, dict[str, Metric]] = {
             "Reference boxes found, all volumes pooled; greedy matching, label not considered.",
             undefined="no box in the reference",
         ),
+        "sensitivity_1fp": Metric(
+            "Sensitivity at 1 false box per volume", _froc(1.0), ("num_candidates",),
+            "FROC: reference boxes found by candidates above the lowest score that keeps to one false box per volume "
+            "on average. Candidates of OmniMRI are the boxes of the greedy and of drawn answers, without those that "
+            "overlap a surer one; of a specialist all its boxes.",
+            undefined="no box in the reference",
+        ),
         "precision": Metric(
             "Precision", _ratio("matched", "num_predicted"), ("matched", "num_predicted"),
             "Predicted boxes that found a reference box.",
@@ -130,15 +167,19 @@ METRICS: dict[str, dict[str, Metric]] = {
             "Best IoU", _mean("best_iou"), ("best_iou",),
             "Largest overlap per reference box, mean over boxes, then volumes."
         ),
-        "sensitivity_1fp": Metric(
-            "Sensitivity at 1 false box per volume", _froc, ("box_scores", "box_hits", "num_reference"),
-            "Reference boxes found at the threshold on the boxes' scores that leaves at most one false box per volume; "
-            "boxes without a score are all counted.",
-            undefined="no box in the reference",
-        ),
         "side_accuracy": Metric(
             "Side accuracy", _mean("side_correct"), ("side_correct",),
             "Volumes with a lesion whose largest predicted box names the side of the largest reference box.",
+        ),
+        "ece_raw": Metric(
+            "ECE, probability of a box's tokens", _calibration_error("box_raw"), ("num_candidates",),
+            "Expected calibration error of the candidates, 10 bins, before calibration.", "", 3, False,
+            undefined="no candidate",
+        ),
+        "ece": Metric(
+            "ECE, calibrated score", _calibration_error("box_scores"), ("num_calibrated",),
+            "As above after calibration on the tuning split (detection.json of the checkpoint).", "", 3, False,
+            undefined="no candidate",
         ),
         "parse_rate": Metric("Readable answers", _mean("parsed"), ("parsed",), "Answers that follow the box format."),
         "seconds": _SECONDS,
@@ -194,7 +235,7 @@ METRICS: dict[str, dict[str, Metric]] = {
 HEADLINE = {
     "reconstruct": ("psnr", "ssim"),
     "segment": ("dice_tissues", "dice_lesion"),
-    "detect": ("sensitivity", "precision"),
+    "detect": ("sensitivity", "precision", "sensitivity_1fp", "ece_raw", "ece"),
     "diagnose": ("balanced_accuracy", "macro_auroc"),
     "report": ("label_f1", "hallucination_rate"),
 }
@@ -220,6 +261,8 @@ METHOD_LABELS = {
     "zero_filled": "Zero-filled, coil maps",
     "zero_filled_rss": "Zero-filled, root sum of squares",
     "cg_sense": "CG-SENSE, tuned",
+    "l1_wavelet": "L1-wavelet, tuned",
+    "total_variation": "Total variation, tuned",
     CEILING: "Ceiling: all lines, same coil maps",
     "majority_class": "Commonest diagnosis in training",
 }
@@ -227,5 +270,8 @@ METHOD_LABELS = {
 NOT_APPLICABLE = {
     (name, "residual"): "a magnitude has no phase, so no k-space follows from it"
     for name in ("zero_filled_rss", "recon_unet", "varnet")
+} | {
+    ("segment_boxes", "ece_raw"): "its boxes are not made of tokens",
+    ("segment_boxes", "ece"): "its scores are not calibrated",
 }
 """Why a method has no value of a metric."""

@@ -319,7 +319,8 @@ def format_table(summary: Summary) -> str:
     rows: list[tuple[str, ...]] = [("task", "condition", "metric", "n", title, "beside it")]
     for task, conditions in summary.tasks.items():
         for condition, methods in conditions.items():
-            rows += [_table_row(task, condition, name, methods) for name in HEADLINE[task]]
+            own = methods[lead_method(methods)]
+            rows += [_table_row(task, condition, name, methods) for name in HEADLINE[task] if name in own]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,8 @@ import numpy as np
 
 from omnimri.models import metrics
 from omnimri.models.boxes import Box
-from omnimri.models.prompts import diagnosis_choices, instruction_for, untagged
+from omnimri.models.decoding import TextAnswer
+from omnimri.models.prompts import diagnosis_choices, instruction_for
 from omnimri.models.scan import Scan
 from omnimri.models.vocabulary import DIAGNOSES
 from omnimri.platform.data.shards import row_to_scan
@@ -28,18 +29,15 @@ from omnimri.platform.evaluation.cases import (
 from omnimri.platform.evaluation.figures import orient_slice
 from omnimri.platform.evaluation.text import LEXICAL, ReportCounts, compare_reports, label_text, missing_package
 
-RANKED_BOXES = 24
-"""Boxes of a volume that its curve of sensitivity against false positives is made of, at most."""
+MAX_CANDIDATES = 64
+"""Of a volume, the surest ones."""
 
 
 def detect_case(context: CaseContext, row: Mapping[str, Any]) -> CaseResult:
     """Boxes in the answer against the row's boxes."""
-    record, scan, condition = recorder(row, "detect"), row_to_scan(row), f"iou_{context.config.iou_threshold:g}"
-    reference = [
-        Box(label=box["label"], side=box["side"], box_voxel=tuple(int(v) for v in box["box_voxel"]))
-        for box in row["boxes"]
-    ]
-    listed = [asdict(box) for box in reference]
+    record, scan, threshold = recorder(row, "detect"), row_to_scan(row), context.config.iou_threshold
+    condition = f"iou_{threshold:g}"
+    reference = reference_boxes(row)
     methods = context.methods(
         "detect",
         lambda seen: _model_boxes(context, seen, seen),
@@ -48,11 +46,16 @@ def detect_case(context: CaseContext, row: Mapping[str, Any]) -> CaseResult:
     records, answers = [], {}
     for method, detect in methods.items():
         found, seconds = timed(partial(detect, scan))
-        answer, boxes = found if isinstance(found, tuple) else ("", found)
-        answers[method] = boxes
-        values = detection_values(reference, boxes, context.config.iou_threshold) | {"seconds": seconds}
-        predicted = [asdict(box) for box in boxes or []]
-        records.append(record(condition, method, values, answer=answer, predicted=predicted, reference=listed))
+        found = found if isinstance(found, Detected) else Detected(boxes=found)
+        answers[method] = found.boxes
+        candidates = _candidates(context, found, scan)
+        values = detection_values(reference, found.boxes, threshold) | {"seconds": seconds}
+        if candidates is not None:
+            is_calibrated = found.answer is not None and context.engine.detection.calibration is not None
+            values |= box_table(candidates, reference, threshold, is_calibrated=is_calibrated)
+        texts = {"reference": reference, "predicted": found.boxes or [], "candidates": candidates or []}
+        listed = {name: [asdict(box) for box in boxes] for name, boxes in texts.items()}
+        records.append(record(condition, method, values, answer=found.answer.text if found.answer else "", **listed))
     boxes = answers[lead_method(answers)]
     shown = _box_slice(reference or boxes or [], len(scan.image))
     picture = base_picture(scan.image, scan, shown, "image")
@@ -60,13 +63,80 @@ def detect_case(context: CaseContext, row: Mapping[str, Any]) -> CaseResult:
     return CaseResult(records, picture)
 
 
-def _model_boxes(context: CaseContext, seen: Scan, scan: Scan) -> tuple[str, list[Box] | None]:
-    """The answer to `seen` and its boxes on the grid of `scan`; None where the answer cannot be read."""
+def reference_boxes(row: Mapping[str, Any]) -> list[Box]:
+    """Boxes that a row is annotated with."""
+    return [
+        Box(label=box["label"], side=box["side"], box_voxel=tuple(int(v) for v in box["box_voxel"]))
+        for box in row["boxes"]
+    ]
+
+
+@dataclass(frozen=True)
+class Detected:
+    """What a method found in one volume."""
+
+    boxes: list[Box] | None
+    """None: the answer cannot be read."""
+    answer: TextAnswer | None = None
+    """Of the model; a specialist writes none."""
+    seen: Scan | None = None
+    """What the model was shown."""
+
+
+def _model_boxes(context: CaseContext, seen: Scan, scan: Scan) -> Detected:
+    """The greedy answer to `seen` and its boxes on the grid of `scan`."""
     answer = _answer(context, seen, "detect")
     try:
-        return answer, context.engine.boxes(answer, scan)
+        return Detected(context.engine.boxes(answer, scan), answer, seen)
     except ValueError:  # counted as `parsed` = 0
-        return answer, None
+        return Detected(None, answer, seen)
+
+
+def _candidates(context: CaseContext, found: Detected, scan: Scan) -> list[Box] | None:
+    """Boxes for every point of operation: of the model's greedy and drawn answers, or all that a specialist found.
+
+    None where no answers are drawn.
+    """
+    config, engine = context.config, context.engine
+    if found.answer is None or found.seen is None:
+        return found.boxes
+    if not config.box_samples:
+        return None
+    prompt = engine.encode(found.seen, instruction_for("detect"), "detect")
+    drawn = engine.sample_texts(prompt, config.box_samples, max_new_tokens=config.max_new_tokens, seed=config.seed)
+    try:
+        return list(engine.candidates([found.answer, *drawn], scan))
+    except ValueError:  # as above
+        return []
+
+
+def box_table(
+    boxes: list[Box], reference: list[Box], iou_threshold: float, *, is_calibrated: bool = False
+) -> dict[str, Any]:
+    """Scores of the surest candidates and whether each is right, padded with -1 to `MAX_CANDIDATES`.
+
+    `box_raw` is the probability of a box's tokens, -1 where it is not made of any; `box_scores` the score;
+    `num_calibrated` has a value where they differ.
+    """
+    surest = sorted(boxes, key=_score, reverse=True)[:MAX_CANDIDATES]
+    found = {index for _, index in _matches(reference, surest, iou_threshold).pairs}
+    padding = [-1.0] * (MAX_CANDIDATES - len(surest))
+    return {
+        "num_candidates": len(surest),
+        "num_calibrated": len(surest) if is_calibrated else math.nan,
+        "box_scores": [_score(box) for box in surest] + padding,
+        "box_raw": [-1.0 if box.logprob is None else math.exp(box.logprob) for box in surest] + padding,
+        "box_right": [float(index in found) for index in range(len(surest))] + padding,
+    }
+
+
+def _score(box: Box) -> float:
+    return float(box.score or 0.0)
+
+
+def _matches(reference: list[Box], boxes: list[Box], iou_threshold: float) -> metrics.DetectionMatch:
+    scores = [_score(box) for box in boxes]
+    return metrics.match_boxes(_corners(reference), _corners(boxes), iou_threshold=iou_threshold, scores=scores)
 
 
 def detection_values(reference: list[Box], predicted: list[Box] | None, iou_threshold: float) -> dict[str, Any]:
@@ -76,8 +146,7 @@ def detection_values(reference: list[Box], predicted: list[Box] | None, iou_thre
     no box is a wrong side.
     """
     boxes = predicted or []
-    scores = [1.0 if box.score is None else box.score for box in boxes]
-    match = metrics.match_boxes(_corners(reference), _corners(boxes), iou_threshold=iou_threshold, scores=scores)
+    match = _matches(reference, boxes, iou_threshold)
     overlap = metrics.box_iou(_corners(reference), _corners(boxes))
     largest = max(reference, key=_volume, default=None)
     guess = max(boxes, key=_volume, default=None)
@@ -90,19 +159,6 @@ def detection_values(reference: list[Box], predicted: list[Box] | None, iou_thre
         "best_iou": float(overlap.max(axis=1, initial=0.0).mean()) if reference else math.nan,
         "side_correct": math.nan if largest is None else float(guess is not None and guess.side == largest.side),
         "parsed": float(predicted is not None),
-    } | _ranked(scores, {index for _, index in match.pairs})
-
-
-def _ranked(scores: Sequence[float], hits: set[int]) -> dict[str, list[float]]:
-    """Scores of the surest boxes and whether each found one, padded to one length; `scores` is -1 where there is none.
-
-    A box without a score counts as sure.
-    """
-    order = sorted(range(len(scores)), key=lambda index: -scores[index])[:RANKED_BOXES]
-    padding = [-1.0] * (RANKED_BOXES - len(order))
-    return {
-        "box_scores": [float(scores[index]) for index in order] + padding,
-        "box_hits": [float(index in hits) for index in order] + [0.0] * len(padding),
     }
 
 
@@ -173,8 +229,8 @@ def report_case(context: CaseContext, row: Mapping[str, Any]) -> CaseResult:
     record, scan, reference = recorder(row, "report"), row_to_scan(row), row["report"]
     methods = context.methods(
         "report",
-        lambda seen: untagged(_answer(context, seen, "report")),
-        lambda seen: untagged(_answer(context, baselines.blank_scan(seen), "report")),
+        lambda seen: _answer(context, seen, "report").readable,
+        lambda seen: _answer(context, baselines.blank_scan(seen), "report").readable,
     )
     agreement = {"labeller_agrees": _labeller_agreement(row)}
     records = []
@@ -205,9 +261,10 @@ def _labeller_agreement(row: Mapping[str, Any]) -> float:
     return float(label_text(row["report"]) == {(box["label"], box["side"]) for box in row["boxes"]})
 
 
-def _answer(context: CaseContext, scan: Scan, task: str) -> str:
-    """Greedy text answer, with its tags."""
+def _answer(context: CaseContext, scan: Scan, task: str) -> TextAnswer:
+    """The greedy text answer."""
     prompt = context.engine.encode(scan, instruction_for(task), task)
-    return context.engine.generate_text(
+    answer: TextAnswer = context.engine.generate_text(
         prompt, max_new_tokens=context.config.max_new_tokens, temperature=0.0, seed=context.config.seed
-    ).text
+    )
+    return answer

@@ -91,15 +91,15 @@ class CaseWorker:
         config: EvaluateConfig,
         model_dir: Path | None,
         engine_loader: Callable[[Path], Any],
-        rivals_loader: Callable[[], Rivals],
-        sense_settings: Mapping[int, SenseSetting],
+        settings: Mapping[str, Mapping[int, SenseSetting]],
         frequencies: np.ndarray,
+        rivals_loader: Callable[[], Rivals] = no_rivals,
     ) -> None:
         torch.set_num_threads(config.threads_per_worker)
         self.units = units
         self.context = CaseContext(
-            engine=None if model_dir is None else engine_loader(model_dir), config=config,
-            sense_settings=sense_settings, frequencies=frequencies, rivals=rivals_loader(),
+            engine=None if model_dir is None else engine_loader(model_dir), config=config, settings=settings,
+            frequencies=frequencies, rivals=rivals_loader(),
         )  # fmt: skip
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:

@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from omnimri.models import metrics
 from omnimri.models.boxes import Box
 from omnimri.models.scan import Scan
 from omnimri.models.vocabulary import DIAGNOSES, FINDINGS, LESION, NORMAL, TISSUES
+from omnimri.platform.evaluation.measures import METRICS
+from omnimri.platform.evaluation.text_cases import box_table
 from omnimri.platform.language.evidence import Evidence, boxes_of_measured
 from omnimri.platform.language.reports import derived_report
 
@@ -115,11 +116,15 @@ class Reporter:
         return report[0] if report else ""
 
 
-def best_threshold(cases: Sequence[tuple[Scan, Probabilities, np.ndarray]], iou_threshold: float) -> float:
+Case = tuple[Scan, Probabilities, list[Box]]
+"""A scan, what the segmenter says of it, and its reference boxes."""
+
+
+def best_threshold(cases: Sequence[Case], iou_threshold: float) -> float:
     """The edge of a lesion with the highest sensitivity at one false box per volume; 0.5 without cases or boxes.
 
     Args:
-        cases: Scan, its probabilities, and its reference boxes `(R, 6)`.
+        cases: Of the validation split.
         iou_threshold: Overlap from which a box is found.
     """
     scores = {threshold: _sensitivity(cases, threshold, iou_threshold) for threshold in THRESHOLDS}
@@ -128,20 +133,15 @@ def best_threshold(cases: Sequence[tuple[Scan, Probabilities, np.ndarray]], iou_
     return max(THRESHOLDS, key=lambda threshold: (scores[threshold], -abs(threshold - 0.5)))
 
 
-def _sensitivity(
-    cases: Sequence[tuple[Scan, Probabilities, np.ndarray]], threshold: float, iou_threshold: float
-) -> float:
-    rows = []
-    for scan, probabilities, reference in cases:
-        boxes = boxes_of(scan, probabilities, LESION, threshold=threshold)
-        corners = np.array([box.box_voxel for box in boxes], dtype=float).reshape(-1, 6)
-        scores = [box.score or 0.0 for box in boxes]
-        match = metrics.match_boxes(reference, corners, iou_threshold=iou_threshold, scores=scores)
-        found = {index for _, index in match.pairs}
-        rows.append((scores, [float(index in found) for index in range(len(boxes))], len(reference)))
-    width = max((len(scores) for scores, _, _ in rows), default=0)
-    padded = np.full((2, len(rows), width), -1.0)
-    for place, (scores, hits, _) in enumerate(rows):
-        padded[:, place, : len(scores)] = scores, hits
-    counts = np.array([count for _, _, count in rows])
-    return metrics.sensitivity_at(padded[0], padded[1] > 0, counts, false_positives=1.0)
+def _sensitivity(cases: Sequence[Case], threshold: float, iou_threshold: float) -> float:
+    """As the evaluation scores it."""
+    rows = [
+        box_table(boxes_of(scan, probabilities, LESION, threshold=threshold), reference, iou_threshold)
+        | {"num_reference": len(reference)}
+        for scan, probabilities, reference in cases
+    ]
+    if not rows:
+        return float("nan")
+    return METRICS["detect"]["sensitivity_1fp"].compute(
+        {name: np.array([row[name] for row in rows]) for name in rows[0]}
+    )

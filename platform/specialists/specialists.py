@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from safetensors.torch import load_model, save_model
 from torch import nn
 
@@ -22,6 +21,7 @@ from omnimri.models.preprocess import Preprocess
 from omnimri.platform.data.shards import RowRef, Shards, load_row, row_to_scan
 from omnimri.platform.evaluation.cases import RIVALS, Rivals, columns_of
 from omnimri.platform.evaluation.evaluate import spread_over_patients
+from omnimri.platform.evaluation.text_cases import reference_boxes
 from omnimri.platform.specialists.diagnosis import Classifier, DiagnosisConfig, SliceClassifier, train_diagnosis
 from omnimri.platform.specialists.findings import Detector, Reporter, best_threshold
 from omnimri.platform.specialists.fit import FitConfig, Fitted
@@ -195,8 +195,7 @@ def _choose_threshold(
     for ref in spread_over_patients(refs, config.segment_unet.validation_volumes):
         row = load_row(ref, columns_of("detect"))
         scan = row_to_scan(row)
-        boxes = np.array([box["box_voxel"] for box in row["boxes"]], dtype=float).reshape(-1, 6)
-        cases.append((scan, segmenter.probabilities(scan), boxes))
+        cases.append((scan, segmenter.probabilities(scan), reference_boxes(row)))
     threshold = best_threshold(cases, config.iou_threshold)
     (out / THRESHOLD).write_text(json.dumps({"lesion_probability": threshold}) + "\n", encoding="utf-8")
 

@@ -16,6 +16,7 @@ from torch import nn
 from omnimri.platform.data.stream import SampleMaker, StreamConfig, stream_batches
 from omnimri.platform.tracking import Tracker
 from omnimri.platform.training import checkpoints
+from omnimri.platform.training.average import WeightAverage
 from omnimri.platform.training.config import RunConfig, TrainConfig
 from omnimri.platform.training.kit import Kit
 from omnimri.platform.training.meters import LossTenths
@@ -23,7 +24,7 @@ from omnimri.platform.training.optimizer import parameter_groups, train_only
 from omnimri.platform.training.schedule import Schedule, build_schedule
 from omnimri.platform.training.session import Session
 from omnimri.platform.training.stages import Stage, stage_named
-from omnimri.platform.training.zero import deepspeed_config
+from omnimri.platform.training.zero import deepspeed_config, uses_autocast
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,8 @@ class Bench:
     objective: nn.Module
     engine: Any
     base_lrs: list[float]
+    average: WeightAverage | None
+    """Of the weights over the steps."""
     tenths: LossTenths
     held_out: list[tuple[str, Any]]
     """Source and batch of every look at held-out rows."""
@@ -84,8 +87,11 @@ def open_bench(job: StageJob, session: Session, checkpoint: Path | None) -> tupl
     groups = parameter_groups(objective, job.kit.parts(model), train)
     universal = meta is not None and checkpoints.needs_universal(meta, session.world_size, job.run.zero.stage)
     engine = start_engine(job, objective, groups, universal=universal)
+    average = None if train.ema_decay is None else WeightAverage(objective, train.ema_decay)
     if checkpoint is not None and meta is not None:
         restore(job, session, engine, checkpoint, universal=universal)
+        if average is not None:
+            average.load(checkpoint)
         logger.info("Stage %s goes on at step %d of %d", job.stage, meta.step, train.steps)
     schedule, maker = plan_data(job, session.world_size)
     bench = Bench(
@@ -99,6 +105,7 @@ def open_bench(job: StageJob, session: Session, checkpoint: Path | None) -> tupl
         objective=objective,
         engine=engine,
         base_lrs=[group["lr"] for group in groups],
+        average=average,
         tenths=LossTenths(train.steps, meta.losses if meta else None),
         held_out=held_out_batches(job, session, tokenizer, model),
         tracker=None if session.rank else job.tracker,
@@ -114,6 +121,11 @@ def build_modules(job: StageJob, stage: Stage, tokenizer: Any) -> tuple[nn.Modul
     else:
         model = job.kit.load(Path(job.init), job.run.model)
     train_only(job.kit.parts(model), stage.trains)
+    rank = job.run.stage(stage.name).lora_rank
+    if rank is not None and "backbone" in stage.trains:
+        job.kit.add_adapters(model, rank)
+    if job.run.stage(stage.name).activation_checkpointing:
+        job.kit.checkpoint_activations(model)
     objective = job.kit.objective(stage.objective, model, job.run.stage(stage.name).objective)
     return model, objective
 
@@ -132,6 +144,7 @@ def start_engine(job: StageJob, objective: nn.Module, groups: list[dict[str, Any
         betas=train.betas,
         weight_decay=train.weight_decay,
         accumulation=train.accumulation,
+        autocast=uses_autocast(job.run.zero, use_gpu=job.run.scaling.use_gpu),
         universal=universal,
     )
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

@@ -143,6 +143,8 @@ def export_folder(model: nn.Module, folder: Path, save: Callable[[Path], None], 
     if sharded:
         import deepspeed
 
+        for parameter in model.parameters():  # under autocast they would be gathered, and written, in bfloat16
+            vars(parameter).pop("comm_dtype", None)
         with deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=None):
             if rank == 0:
                 _write_at_once(folder, save)

@@ -72,6 +72,14 @@ class TrainConfig:
     """Steps between two looks at held-out rows; None never looks."""
     validate_batches: int = 1
     """Batches of each source that a look takes, always the same ones."""
+    activation_checkpointing: bool = False
+    """Keep only the inputs of each layer and compute the rest again in the backward pass: less memory, a third more
+    time, the same gradients."""
+    ema_decay: float | None = None
+    """Decay of the average of the weights over the steps, of which the model folder is then made; None has none."""
+    lora_rank: int | None = None
+    """Rank of the updates of the backbone (LoRA), which is frozen but for them and published with them merged; None
+    trains all of it. Stages that do not train the backbone have no use for it."""
     checkpoint_frozen: bool = True
     """Keep parameters that do not learn in the checkpoint too; without them it is smaller."""
 
@@ -81,6 +89,10 @@ class TrainConfig:
                 raise ValueError(f"TrainConfig.{name} must be at least 1, found {getattr(self, name)}.")
         if self.lr <= 0:
             raise ValueError(f"TrainConfig.lr must be positive, found {self.lr}.")
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise ValueError(f"TrainConfig.ema_decay must lie in [0, 1) or be none, found {self.ema_decay}.")
+        if self.lora_rank is not None and self.lora_rank < 1:
+            raise ValueError(f"TrainConfig.lora_rank must be 1 or more, or none; found {self.lora_rank}.")
         if not 0 <= self.warmup_share < 1:
             raise ValueError(f"TrainConfig.warmup_share must lie in [0, 1), found {self.warmup_share}.")
         if self.ratio is not None and (unknown := set(self.ratio) - set(KINDS)):
@@ -180,6 +192,12 @@ class RunConfig:
     tokenizer: str | None = None
     """Local folder of a Qwen2.5 checkpoint whose tokenizer a new model takes, with our special tokens in rows of the
     vocabulary that it leaves free; None trains a byte-level BPE on the texts of the training volumes."""
+    backbone: str | None = None
+    """Local folder of a mixture of experts, as `omnimri upcycle` writes it, whose weights and tokenizer a new model
+    takes; None begins with a fresh backbone."""
+    vision_weights: str | None = None
+    """File of a published MONAI Swin encoder (`model_swinvit.pt`, or a SwinUNETR checkpoint): a new model's encoder
+    takes what has its name and shape, and the log says what."""
     pack_length: int | None = None
     """Tokens of a row that several short sequences share, each computed as if alone; None gives each its own row. Only
     speed and memory depend on it."""
@@ -190,6 +208,10 @@ class RunConfig:
         check_flags(self.exclude_flags)
         if self.pack_length is not None and self.pack_length < 1:
             raise ValueError(f"RunConfig.pack_length must be 1 or more, or none; found {self.pack_length}.")
+        if self.tokenizer is not None and self.backbone is not None:
+            raise ValueError(
+                "RunConfig.tokenizer must be none with RunConfig.backbone, whose folder holds the tokenizer."
+            )
         if self.zero.offload == "cpu" and self.zero.stage >= 2:
             accumulating = [name for name in STAGES if self.stage(name).accumulation > 1]
             if accumulating:
@@ -211,7 +233,11 @@ class RunConfig:
         """Everything that decides what a stage computes, and nothing of where it runs."""
         return {
             "model": _plain(asdict(self.model)),
-            "train": {k: v for k, v in _plain(asdict(self.stage(stage))).items() if k not in _OPERATIONAL},
+            "train": {
+                name: value
+                for name, value in _plain(asdict(self.stage(stage))).items()
+                if name not in _OPERATIONAL and (name, value) not in _WITHOUT
+            },
             "precision": self.zero.precision,
             "gradient_clipping": self.zero.gradient_clipping,
             **({"view": _plain(self.view)} if self.view else {}),
@@ -220,8 +246,12 @@ class RunConfig:
 
 _OPERATIONAL = {
     "log_every", "checkpoint_every", "checkpoint_async", "checkpoint_frozen", "validate_every", "validate_batches",
+    "activation_checkpointing",
 }  # fmt: skip
 """Fields of `TrainConfig` that may change between a start and a resume."""
+
+_WITHOUT = (("ema_decay", None), ("lora_rank", None))
+"""Fields that say nothing where they are not used: settings from before there was such a field compare equal."""
 
 
 def expand_overrides(assignments: Sequence[str], stages: Sequence[str]) -> list[str]:

@@ -51,6 +51,12 @@ class Kit(Protocol):
     def collate(self, samples: list[dict[str, Any]], tokenizer: Any, model: nn.Module) -> dict[str, torch.Tensor]:
         """One batch of samples of one source; the model is asked for its sizes only."""
 
+    def add_adapters(self, model: nn.Module, rank: int) -> None:
+        """Freeze the backbone but for updates of that rank; `save` merges them."""
+
+    def checkpoint_activations(self, model: nn.Module) -> None:
+        """Let the model compute activations again in the backward pass instead of keeping them."""
+
     def parts(self, model: nn.Module) -> Mapping[str, nn.Module]:
         """Parts of the model by name."""
 

@@ -28,6 +28,7 @@ from omnimri.platform.training.bench import Bench, StageJob, open_bench
 from omnimri.platform.training.meters import Meters
 from omnimri.platform.training.optimizer import forget_gradients, set_learning_rates
 from omnimri.platform.training.session import RayTrainSession, Session
+from omnimri.platform.training.zero import uses_autocast
 
 logger = logging.getLogger(__name__)
 
@@ -135,6 +136,8 @@ def optimizer_step(
         tokens = int(batch["num_tokens"]) * bench.session.world_size if "num_tokens" in batch else 0
         meters.add(source, means, seconds, rows, tokens)
         bench.tenths.add(step, source, means)
+    if bench.average is not None:
+        bench.average.update(step)
     meters.steps += 1
 
 
@@ -189,6 +192,8 @@ def save(bench: Bench, done: int, metrics: dict[str, Any], *, wait: bool) -> Non
     job = bench.job
     folder = bench.session.checkpoint_folder()
     checkpoints.save_shards(bench.engine, folder, keep_frozen=bench.train.checkpoint_frozen)
+    if bench.average is not None:
+        bench.average.save(folder)
     if bench.session.rank == 0:
         checkpoints.Meta(
             stage=job.stage,
@@ -210,6 +215,8 @@ def progress(bench: Bench, done: int) -> dict[str, Any]:
 
 def finish(bench: Bench, last: Mapping[str, Any]) -> None:
     """Sample pictures to the tracker, and the plain folder."""
+    if bench.average is not None:
+        bench.average.publish()
     log_pictures(bench, last)
     if not bench.job.export:
         return
@@ -241,9 +248,11 @@ def log_pictures(bench: Bench, last: Mapping[str, Any]) -> None:
     draw = getattr(bench.objective, "pictures", None)
     if draw is None:
         return
+    autocast = uses_autocast(bench.job.run.zero, use_gpu=bench.job.run.scaling.use_gpu)
     for source, batch in sorted(last.items()):
         torch.manual_seed(bench.train.seed)
-        with torch.no_grad():
+        # As the engine computes them; outside of it nobody else would ask for it.
+        with torch.no_grad(), torch.autocast(bench.engine.device.type, torch.bfloat16, enabled=autocast):
             pictures = draw(batch)
         if bench.tracker is not None:
             for name, picture in pictures.items():

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
+from omnimri.models.backbone import add_adapters
 from omnimri.models.collate import collate
 from omnimri.models.config import OmniMRIConfig
 from omnimri.models.engine import sequence_builder
@@ -23,6 +24,8 @@ from omnimri.models.omnimri import OmniMRI, read_index
 from omnimri.models.preprocess import Preprocess, read_preprocess
 from omnimri.models.prompts import diagnosis_choices
 from omnimri.models.tokenizer import adopt_tokenizer, load_tokenizer, train_tokenizer
+from omnimri.models.upcycling import check_shape, load_backbone
+from omnimri.models.vision import load_swin_weights
 from omnimri.models.vocabulary import STRUCTURES
 from omnimri.platform.data.licences import ANY, count_licences, licensed
 from omnimri.platform.data.shards import RowRef, Shards, StudyRef, load_row, studies
@@ -71,6 +74,10 @@ class OmniMRIKit:
     """Leave out what a model wrote about the volumes."""
     tokenizer: str | None = None
     """Folder of a Qwen2.5 checkpoint whose tokenizer is taken; None trains one on the texts of the rows."""
+    backbone: str | None = None
+    """Folder of a mixture of experts that a new model begins with, its tokenizer too (`omnimri.models.upcycling`)."""
+    vision_weights: str | None = None
+    """File of a published Swin encoder; see `omnimri.models.vision.load_swin_weights`."""
     pack_length: int | None = None
     """See `omnimri.models.collate.collate`."""
 
@@ -131,10 +138,13 @@ class OmniMRIKit:
     def build_tokenizer(self, data: Sequence[str], config: OmniMRIConfig, folder: Path) -> None:
         """See `Kit`."""
         vocab_size = config.backbone.vocab_size
-        if self.tokenizer is None:
+        if self.backbone is not None:
+            check_shape(self.backbone, config.backbone)
+        pretrained = self.backbone or self.tokenizer
+        if pretrained is None:
             tokenizer = train_tokenizer(corpus_texts(self._rows(data)), vocab_size)
         else:
-            tokenizer = adopt_tokenizer(self.tokenizer, vocab_size)
+            tokenizer = adopt_tokenizer(pretrained, vocab_size)
         tokenizer.save_pretrained(folder)
 
     def load_tokenizer(self, folder: Path) -> PreTrainedTokenizerBase:
@@ -149,7 +159,16 @@ class OmniMRIKit:
                 f"The tokenizer has {len(tokenizer)} entries, the backbone {config.backbone.vocab_size}; raise "
                 "BackboneConfig.vocab_size or train the tokenizer anew."
             )
-        return OmniMRI(config)
+        model = OmniMRI(config)
+        if self.backbone is not None:
+            load_backbone(model.backbone, self.backbone, config.backbone)
+        if self.vision_weights is not None:
+            match = load_swin_weights(model.vision, self.vision_weights)
+            counts = len(match.taken), len(match.other_shape), len(match.absent)
+            logger.info("Encoder: %d tensors taken, %d there in another shape, %d not there", *counts)
+            if match.other_shape:
+                logger.warning("%s: other shapes, left as they were: %s", self.vision_weights, match.other_shape)
+        return model
 
     def load(self, folder: Path, config: OmniMRIConfig) -> OmniMRI:
         """See `Kit`."""
@@ -170,6 +189,16 @@ class OmniMRIKit:
         """See `Kit`."""
         assert isinstance(model, OmniMRI)
         return collate(samples, sequence_builder(model.config, tokenizer), pack_length=self.pack_length)
+
+    def add_adapters(self, model: nn.Module, rank: int) -> None:
+        """See `Kit`."""
+        assert isinstance(model, OmniMRI)
+        add_adapters(model.backbone, rank)
+
+    def checkpoint_activations(self, model: nn.Module) -> None:
+        """See `Kit`."""
+        assert isinstance(model, OmniMRI)
+        model.checkpoint_activations()
 
     def parts(self, model: nn.Module) -> Mapping[str, nn.Module]:
         """See `Kit`."""

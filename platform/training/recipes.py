@@ -66,7 +66,7 @@ def small(name: str, data: Sequence[Folder], out: Folder) -> RunConfig:
 
     Command: `omnimri train --stage all --preset small --data DIR --out RUNDIR`
     """
-    return _large(name, "small", data, out, ZeroConfig(stage=1, precision="bfloat16", offload="cpu"), workers=1)
+    return _large(name, "small", data, out, ZeroConfig(stage=1, precision="auto", offload="cpu"), workers=1)
 
 
 def base(name: str, data: Sequence[Folder], out: Folder) -> RunConfig:
@@ -74,7 +74,7 @@ def base(name: str, data: Sequence[Folder], out: Folder) -> RunConfig:
 
     Command: `omnimri train --stage all --preset base --data DIR --out RUNDIR`
     """
-    return _large(name, "base", data, out, ZeroConfig(stage=2, precision="bfloat16"), workers=2)
+    return _large(name, "base", data, out, ZeroConfig(stage=2, precision="auto"), workers=2)
 
 
 def seven_b(name: str, data: Sequence[Folder], out: Folder) -> RunConfig:
@@ -82,7 +82,7 @@ def seven_b(name: str, data: Sequence[Folder], out: Folder) -> RunConfig:
 
     Command: `omnimri train --stage all --preset 7b --data DIR --out RUNDIR`
     """
-    return _large(name, "7b", data, out, ZeroConfig(stage=3, precision="bfloat16"), workers=8)
+    return _large(name, "7b", data, out, ZeroConfig(stage=3, precision="auto"), workers=8)
 
 
 RECIPES: dict[str, Callable[[str, Sequence[Folder], Folder], RunConfig]] = {
@@ -119,7 +119,12 @@ def _large(
         "instruct.text": 8 * workers,
         "instruct.study": 4 * workers,
     }
-    common: dict[str, Any] = {"rows_per_step": rows, "log_every": 20, "checkpoint_every": 1000}
+    common: dict[str, Any] = {
+        "rows_per_step": rows,
+        "log_every": 20,
+        "checkpoint_every": 1000,
+        "activation_checkpointing": True,
+    }
     return RunConfig(
         name=name,
         model=preset(preset_name),
@@ -142,6 +147,7 @@ def _large(
             ),
         ),
         zero=zero,
+        view={"accelerations": list(range(2, 13)), "random_mask_share": 0.5},
         scaling=ScalingConfig(num_workers=workers, use_gpu=True, cpus_per_worker=4.0, max_failures=5),
         stream=StreamConfig(num_tasks=6, cpus_per_task=1.0, slots_per_segment=96, memory_mb=4096),
     )

@@ -196,6 +196,8 @@ def default_kit(run: RunConfig) -> Kit:
         exclude_generated=run.exclude_generated,
         view=run.view,
         tokenizer=run.tokenizer,
+        backbone=None if run.backbone is None else str(Path(run.backbone).absolute()),  # workers stand elsewhere
+        vision_weights=None if run.vision_weights is None else str(Path(run.vision_weights).absolute()),
         pack_length=run.pack_length,
     )
 
@@ -212,6 +214,10 @@ def make_job(
     """Find the model and tokenizer to start from, and settle what the stage's results depend on."""
     start = starting_folder(stage, run, init)
     settings = {**run.stage_settings(stage), "init": None if start is None else folder_digest(start)}
+    if start is None and run.backbone is not None:
+        settings["backbone"] = folder_digest(Path(run.backbone))
+    if start is None and run.vision_weights is not None:
+        settings["vision_weights"] = hashlib.sha256(Path(run.vision_weights).read_bytes()).hexdigest()[:16]
     return StageJob(
         stage=stage,
         run=run,

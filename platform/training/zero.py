@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+
 
 @dataclass(frozen=True, kw_only=True)
 class ZeroConfig:
@@ -12,8 +14,9 @@ class ZeroConfig:
 
     stage: Literal[0, 1, 2, 3] = 0
     """0 replicates; 1 shards optimizer state, 2 also gradients, 3 also parameters."""
-    precision: Literal["float32", "autocast", "bfloat16"] = "float32"
-    """`autocast` keeps float32 weights and computes matrix products in bfloat16; `bfloat16` converts the weights."""
+    precision: Literal["float32", "autocast", "auto"] = "float32"
+    """`autocast` keeps float32 weights and computes matrix products in bfloat16, but for routers, the flow head and
+    data consistency; `auto` does so where the hardware has bfloat16, and computes in float32 elsewhere."""
     offload: Literal["none", "cpu"] = "none"
     """Where the optimizer state lives (stage 1 and above)."""
     gradient_clipping: float = 1.0
@@ -26,12 +29,26 @@ class ZeroConfig:
     def __post_init__(self) -> None:
         if self.stage not in (0, 1, 2, 3):
             raise ValueError(f"ZeroConfig.stage must be 0, 1, 2 or 3, found {self.stage}.")
-        if self.precision not in ("float32", "autocast", "bfloat16"):
-            raise ValueError(f"ZeroConfig.precision: float32, autocast or bfloat16, found {self.precision!r}.")
+        if self.precision not in ("float32", "autocast", "auto"):
+            raise ValueError(f"ZeroConfig.precision: float32, autocast or auto, found {self.precision!r}.")
         if self.offload not in ("none", "cpu"):
             raise ValueError(f"ZeroConfig.offload: none or cpu, found {self.offload!r}.")
         if self.offload == "cpu" and self.stage == 0:
             raise ValueError("ZeroConfig.offload='cpu' needs ZeroConfig.stage 1, 2 or 3; found stage 0.")
+
+
+def uses_autocast(zero: ZeroConfig, *, use_gpu: bool) -> bool:
+    """Whether matrix products are computed in bfloat16 on this machine."""
+    if zero.precision == "auto":
+        return has_bfloat16(use_gpu=use_gpu)
+    return zero.precision == "autocast"
+
+
+def has_bfloat16(*, use_gpu: bool) -> bool:
+    """Whether the hardware multiplies bfloat16 itself: Nvidia's from Ampere on, CPUs with AVX512-BF16."""
+    if use_gpu:
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported()
 
 
 def deepspeed_config(
@@ -41,6 +58,7 @@ def deepspeed_config(
     betas: tuple[float, float],
     weight_decay: float,
     accumulation: int,
+    autocast: bool = False,
     universal: bool = False,
 ) -> dict[str, Any]:
     """The JSON that `deepspeed.initialize` reads.
@@ -51,6 +69,7 @@ def deepspeed_config(
         betas: Decay of AdamW's two moments.
         weight_decay: Of groups that name none.
         accumulation: Forward passes per optimizer step.
+        autocast: Compute matrix products in bfloat16, see `uses_autocast`.
         universal: Resume from a universal checkpoint, as when the number of workers has changed.
     """
     return {
@@ -59,8 +78,16 @@ def deepspeed_config(
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": zero.gradient_clipping,
         "steps_per_print": 1_000_000_000,
-        "bf16": {"enabled": zero.precision == "bfloat16", "check_grad_overflow": False},
-        "torch_autocast": {"enabled": zero.precision == "autocast", "dtype": "bfloat16"},
+        "bf16": {"enabled": False, "check_grad_overflow": False},
+        # Of these modules weights and gradients travel in bfloat16; those of routers and the flow head do not.
+        "torch_autocast": {
+            "enabled": autocast,
+            "dtype": "bfloat16",
+            "lower_precision_safe_modules": [
+                *(f"torch.nn.{name}" for name in ("Linear", "Conv1d", "Conv2d", "Conv3d")),
+                "omnimri.models.backbone.AutocastExperts",
+            ],
+        },
         "optimizer": {
             "type": "AdamW",
             "params": {

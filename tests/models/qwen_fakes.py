@@ -1,10 +1,11 @@
-"""A folder as that of a Qwen2.5 checkpoint, with few words and without weights."""
+"""A folder as that of a Qwen2.5 checkpoint, with few words, with or without weights."""
 
 import json
 from pathlib import Path
 
+import torch
 from tokenizers import AddedToken
-from transformers import Qwen2Tokenizer
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from omnimri.models.special_tokens import SPECIAL_TOKENS
 from omnimri.models.tokenizer import train_tokenizer
@@ -36,3 +37,19 @@ def write_qwen(folder: Path) -> Path:
     rows = len(words) + len(QWEN_ADDED) + FREE_ROWS
     (folder / "config.json").write_text(json.dumps({"model_type": "qwen2", "vocab_size": rows}))
     return folder
+
+
+def write_dense(folder: Path, *, tied: bool = True, dtype: torch.dtype = torch.float32) -> Qwen2ForCausalLM:
+    """The same with weights: two layers, biases that are not zero, Qwen2.5's base of the rotary positions."""
+    rows = json.loads((write_qwen(folder) / "config.json").read_text())["vocab_size"]
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=rows, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, tie_word_embeddings=tied, rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+    )  # fmt: skip
+    model = Qwen2ForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape))
+    model.to(dtype).save_pretrained(folder, max_shard_size="100KB")
+    return model.eval()

@@ -5,18 +5,26 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import jsonschema
 import numpy as np
 import pytest
 import torch
+from llguidance import LLMatcher
 
+from omnimri.models.collate import sequence_batch
 from omnimri.models.config import PRESETS, OmniMRIConfig, preset
+from omnimri.models.decoding import stop_tokens
+from omnimri.models.detection import Detection, PlattMap
 from omnimri.models.engine import Engine
+from omnimri.models.grammars import MAX_BOXES, detection_grammar, json_grammar
+from omnimri.models.metrics import box_iou
 from omnimri.models.omnimri import INDEX_FILE, OmniMRI
-from omnimri.models.physics import SenseOperator, estimate_sens_maps, relative_residual
+from omnimri.models.physics import SenseOperator, estimate_sens_maps, fft2c, relative_residual, undersampling_mask
 from omnimri.models.preprocess import CONTRACT_FILE, CONTRACT_VERSION, Preprocess
-from omnimri.models.prompts import diagnosis_choices
+from omnimri.models.prompts import TokenSequence, diagnosis_choices
 from omnimri.models.scan import Scan
 from omnimri.models.tokenizer import train_tokenizer
+from omnimri.models.vocabulary import SIDES
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +160,44 @@ def test_samples_give_an_uncertainty_map_and_a_seed_repeats_it(engine: Engine, s
     first, second = (engine.reconstruct(scan, prompt, num_steps=2, num_samples=2, seed=3) for _ in range(2))
     assert first.uncertainty.shape == scan.image.shape
     assert float(first.uncertainty.max()) > 0
-    np.testing.assert_array_equal(first.image, second.image)
+    np.testing.assert_array_equal(first.uncertainty, second.uncertainty)
+    assert not np.array_equal(
+        first.uncertainty, engine.reconstruct(scan, prompt, num_steps=2, num_samples=2, seed=4).uncertainty
+    )
+    np.testing.assert_array_equal(first.image, engine.reconstruct(scan, prompt, num_steps=2).image)
+
+
+def test_uncertainty_is_large_where_lines_are_missing_and_small_where_none_are(engine: Engine, scan: Scan) -> None:
+    """Fully sampled, the simulated acquisitions differ by noise alone."""
+    y, x = np.mgrid[-1:1:48j, -1:1:40j]
+    coils = np.stack([np.exp(-((y - cy) ** 2 + (x - cx) ** 2)) for cy, cx in ((-1, -1), (-1, 1), (1, -1), (1, 1))])
+    object_ = ((y**2 + x**2 < 0.8) * (1 + (np.abs(x) < 0.3))).astype(np.complex64)
+    kspace = fft2c(torch.from_numpy((coils * object_).astype(np.complex64)))[None].numpy()
+    spread = {}
+    for acceleration in (1, 4):
+        mask = undersampling_mask(40, acceleration=acceleration, center_fraction=0.1, seed=1)
+        image = np.abs(object_)[None].astype(np.float32)
+        one = replace(scan, image=image, kspace=kspace * mask, mask=mask)
+        prompt = engine.encode(one, "Reconstruct the image.", "reconstruct")
+        spread[acceleration] = engine.reconstruct(one, prompt, num_steps=1, num_samples=3).uncertainty.mean()
+    assert spread[1] < 0.2 * spread[4]
+
+
+@pytest.mark.parametrize("kind", ["equispaced", "random"])
+@pytest.mark.parametrize("acceleration", [2, 7, 12])
+def test_one_model_answers_any_acceleration_and_pattern_with_its_residual(
+    engine: Engine, rng: torch.Generator, acceleration: int, kind: str
+) -> None:
+    mask = undersampling_mask(100, acceleration=acceleration, center_fraction=0.04, kind=kind, seed=3)
+    kspace = torch.randn(2, 4, 48, 100, dtype=torch.complex64, generator=rng).numpy() * mask
+    one = Scan(
+        image=np.abs(kspace[:, 0]), affine=np.diag([-2.0, -2.0, 6.0, 1.0]), kspace=kspace, mask=mask,
+        facts={"contrast": "T2w"},
+    )  # fmt: skip
+    result = engine.reconstruct(one, engine.encode(one, "Reconstruct.", "reconstruct"), num_samples=2)
+    assert np.isfinite(result.image).all()
+    assert np.isfinite(result.uncertainty).all()
+    assert 0 < result.residual < 1
 
 
 def test_masks_come_back_on_the_native_grid(engine: Engine, scan: Scan) -> None:
@@ -184,16 +229,94 @@ def test_prompt_embeddings_decode_as_token_ids_do(engine: Engine, scan: Scan) ->
     prompt = engine.encode(scan, "Report this MRI.", "report")
     ours = engine.generate_text(replace(prompt, embeds=embeds), max_new_tokens=6).token_ids
     theirs = engine.model.backbone.generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :].tolist()
-    end = engine.tokenizer.eos_token_id
-    assert ours == [t for t in theirs if t != end][: len(ours)]
+    assert ours == theirs[: len(ours)]
+    assert len(ours) == 6 or theirs[len(ours)] in stop_tokens(engine.tokenizer)
 
 
 def test_streamed_pieces_make_the_whole_answer(engine: Engine, scan: Scan) -> None:
     prompt = engine.encode(scan, "Report this MRI.", "report")
-    whole = engine.generate_text(prompt, max_new_tokens=12, temperature=1.5, seed=4)
-    streamed = "".join(engine.stream_text(prompt, max_new_tokens=12, temperature=1.5, seed=4))
-    assert whole.readable.startswith(streamed.strip()[:1])
-    assert streamed.strip() in whole.readable
+    pieces: list[str] = []
+    options = {"max_new_tokens": 12, "temperature": 1.5, "seed": 4}
+    streamed = engine.generate_text(prompt, **options, on_text=pieces.append)
+    assert "".join(pieces).strip() == streamed.readable
+    assert streamed == engine.generate_text(prompt, **options)
+    assert streamed != engine.generate_text(prompt, **{**options, "seed": 5})
+
+
+def test_detection_answers_can_always_be_read(engine: Engine, scan: Scan) -> None:
+    """Whatever an untrained model writes, where it is cut, and however it is drawn."""
+    prompt = engine.encode(scan, "Detect every lesion.", "detect")
+    for limit in (1, 30, 70, 200):
+        for answer in engine.sample_texts(prompt, 6, max_new_tokens=limit, seed=limit):
+            boxes = engine.boxes(answer, scan)
+            assert len(boxes) <= MAX_BOXES
+            assert all(box.side in (None, *SIDES) and 0 <= box.score <= 1 for box in boxes)
+            assert answer.text.startswith("<bbox>[")
+            assert answer.text.endswith("]</bbox>")
+
+
+def test_boxes_take_the_labels_of_the_checkpoint(engine: Engine, checkpoint: Path, scan: Scan, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "model"))
+    calibration = PlattMap(slope=0.1, intercept=1.0, num_boxes=9, num_right=3, split="val", data_digest="d")
+    Detection(labels=('2" plaque', "old infarct"), calibration=calibration).write(folder)
+    knowing = Engine.load(folder)
+    assert knowing.detection.calibration == calibration
+    prompt = engine.encode(scan, "Detect every lesion.", "detect")
+    answers = knowing.sample_texts(prompt, 12, max_new_tokens=90)
+    boxes = [box for answer in answers for box in knowing.boxes(answer, scan)]
+    assert {box.label for box in boxes} == {'2" plaque', "old infarct"}
+    logprobs = [logprob for answer in answers for logprob in answer.box_logprobs]
+    assert [box.score for box in boxes] == pytest.approx([calibration.probability(p) for p in logprobs])
+    np.testing.assert_array_equal(np.argsort(logprobs), np.argsort([box.score for box in boxes]))
+
+
+def test_the_tokens_of_a_box_make_its_score(engine: Engine, scan: Scan) -> None:
+    """Against the whole answer, scored by teacher forcing among the tokens that the grammar allows."""
+    prompt = engine.encode(scan, "Detect every lesion.", "detect")
+    answer = next(a for a in engine.sample_texts(prompt, 16, max_new_tokens=200) if a.box_logprobs and a.finished)
+    ids = torch.tensor([answer.token_ids])
+    embeds = torch.cat([torch.tensor(prompt.embeds)[None], engine.model.backbone.get_input_embeddings()(ids)], 1)
+    with torch.inference_mode():
+        logits = engine.model.backbone(inputs_embeds=embeds, logits_to_keep=ids.shape[1] + 1).logits[0, :-1]
+    matcher = LLMatcher(engine.grammar_tokens, detection_grammar())
+    total = 0.0
+    for row, token in zip(logits, answer.token_ids, strict=True):
+        allowed = torch.frombuffer(bytearray(matcher.compute_logit_bias()), dtype=torch.uint8) > 0
+        total += float(row.masked_fill(~allowed, -torch.inf).log_softmax(-1)[token])
+        matcher.consume_token(token)
+    assert answer.logprob * len(answer.token_ids) == pytest.approx(total, abs=1e-3)
+    outside = total - sum(answer.box_logprobs)  # the brackets around the list
+    assert -30 < outside <= 1e-3
+    assert sum(answer.box_logprobs) < 0
+
+
+def test_candidates_are_sorted_and_lie_apart(engine: Engine, scan: Scan) -> None:
+    prompt = engine.encode(scan, "Detect every lesion.", "detect")
+    boxes = engine.candidates(engine.sample_texts(prompt, 8, max_new_tokens=120), scan)
+    scores, corners = [box.score for box in boxes], np.array([box.box_voxel for box in boxes])
+    assert scores == sorted(scores, reverse=True)
+    overlap = box_iou(corners, corners) - np.eye(len(boxes))
+    assert len(boxes) > 1
+    assert overlap.max() < 0.1
+
+
+def test_a_description_is_json_of_its_schema(engine: Engine, scan: Scan) -> None:
+    schema = {
+        "type": "object", "additionalProperties": False, "required": ["level", "plane"],
+        "properties": {"level": {"type": "object", "properties": {"key": {"type": "string", "maxLength": 9}},
+                                 "required": ["key"], "additionalProperties": False},
+                       "plane": {"enum": ["axial", "coronal"]}},
+    }  # fmt: skip
+    prompt = engine.encode(scan, "Report this MRI.", "report")
+    for seed in range(4):
+        answer = engine.generate_text(
+            prompt, grammar=json_grammar(schema), max_new_tokens=300, temperature=1.0, seed=seed
+        )
+        assert answer.finished
+        jsonschema.validate(json.loads(answer.readable), schema)
+    assert not engine.generate_text(prompt, grammar=json_grammar(schema), max_new_tokens=3).finished
+    with pytest.raises(ValueError, match="grammar cannot be used"):
+        engine.generate_text(prompt, grammar="start: nonsense")
 
 
 def test_choice_probabilities_sum_to_one_and_do_not_depend_on_order(engine: Engine, scan: Scan) -> None:
@@ -240,3 +363,27 @@ def test_an_engine_keeps_the_contract_of_its_checkpoint(checkpoint: Path, tmp_pa
     (old / CONTRACT_FILE).write_text(json.dumps(contract.as_json() | {"version": "9-00000000"}))
     with pytest.raises(ValueError, match="contract 9 is unknown"):
         Engine.load(old, parts=("encoder",))
+
+
+def test_one_representation_through_both_decoders(engine: Engine, scan: Scan) -> None:
+    """The states of one pass of the backbone draw a mask and write boxes, and neither decoder changes the other."""
+    prompt = engine.encode(scan, "Segment the lesion.", "segment")
+    model, tokenizer = engine.model, engine.tokenizer
+    batch = sequence_batch([TokenSequence(prompt.token_ids, prompt.token_ids)], engine.sequences)
+    with torch.inference_mode():
+        hidden = model.backbone.model(inputs_embeds=torch.tensor(prompt.embeds)[None]).last_hidden_state
+        queries = model.conditions(hidden, batch)[0].numpy()
+        words = model.backbone.lm_head(hidden[0, -1]).argmax()
+        tag = model.backbone.get_input_embeddings()(torch.tensor(tokenizer.encode("<bbox>"))).numpy()
+    np.testing.assert_array_equal(queries, prompt.queries)
+    drawn = engine.segment(scan, {"lesion": replace(prompt, queries=queries)})
+    written = engine.generate_text(replace(prompt, task="report"), max_new_tokens=1)
+    assert written.token_ids in ([int(words)], [])
+    boxes = replace(prompt, task="detect", embeds=np.concatenate([prompt.embeds, tag]))
+    answer = engine.generate_text(boxes, max_new_tokens=120)
+    assert np.isfinite(drawn.probabilities["lesion"]).all()
+    assert drawn.masks["lesion"].shape == scan.image.shape
+    assert engine.boxes(answer, scan) is not None
+    again = engine.segment(scan, {"lesion": prompt})
+    np.testing.assert_array_equal(again.probabilities["lesion"], drawn.probabilities["lesion"])
+    assert engine.generate_text(boxes, max_new_tokens=120) == answer

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from monai.metrics import DiceMetric
+from monai.metrics import DiceMetric, compute_froc_curve_data
 from skimage.metrics import structural_similarity
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
@@ -159,17 +159,59 @@ def test_bootstrap_is_seeded_and_silent_where_it_cannot_say() -> None:
     assert metrics.patient_bootstrap(lambda _: float("nan"), patients) is None
 
 
-def test_sensitivity_is_read_where_false_positives_stay_within_the_number() -> None:
-    scores = np.array([[0.9, 0.6, 0.3], [0.8, 0.5, -1.0]])
-    hits = np.array([[1, 0, 1], [0, 0, 0]])
-    reference = np.array([2, 1])
-    at = [metrics.sensitivity_at(scores, hits, reference, false_positives=allowed) for allowed in (0.0, 0.5, 1.0, 1.5)]
-    assert at == pytest.approx([1 / 3, 1 / 3, 1 / 3, 2 / 3])
-    assert np.isnan(metrics.sensitivity_at(scores, hits, np.zeros(2), false_positives=1.0))
-    assert metrics.sensitivity_at(-np.ones((2, 3)), np.zeros((2, 3)), reference, false_positives=1.0) == 0.0
+def test_uncertainty_that_is_the_standard_deviation_of_the_error_is_calibrated() -> None:
+    rng = np.random.default_rng(0)
+    scale = 0.01 + 0.1 * np.kron(rng.random((4, 8, 8)), np.ones((1, 8, 8)))
+    target = np.ones_like(scale)
+    prediction = target + scale * rng.standard_normal(scale.shape)
+    scores = metrics.uncertainty_scores(target, prediction, scale)
+    assert scores["uncertainty_ratio"] == pytest.approx(1.0, abs=0.03)
+    assert scores["uncertainty_coverage"] == pytest.approx(0.954, abs=0.01)
+    assert scores["uncertainty_correlation"] > 0.9
+    timid = metrics.uncertainty_scores(target, prediction, 2 * scale)
+    assert timid["uncertainty_ratio"] == pytest.approx(2 * scores["uncertainty_ratio"])
+    assert timid["uncertainty_correlation"] == scores["uncertainty_correlation"]
 
 
-def test_boxes_of_one_score_stand_or_fall_together() -> None:
-    scores, hits = np.ones((1, 3)), np.array([[1, 0, 0]])
-    assert metrics.sensitivity_at(scores, hits, np.array([1]), false_positives=1.0) == 0.0
-    assert metrics.sensitivity_at(scores, hits, np.array([1]), false_positives=2.0) == 1.0
+def test_uncertainty_is_scored_in_the_foreground_alone() -> None:
+    rng = np.random.default_rng(1)
+    target, spread = np.zeros((2, 32, 32)), 0.1 * rng.random((2, 32, 32))
+    target[:, :, 8:] = 1.0
+    prediction = target + spread * rng.standard_normal(target.shape)
+    scores = metrics.uncertainty_scores(target, prediction, spread)
+    prediction[:, :, :8] += 5.0
+    assert metrics.uncertainty_scores(target, prediction, spread) == scores
+    assert np.isnan(metrics.uncertainty_scores(target, target, spread)["uncertainty_ratio"])
+
+
+def test_froc_is_that_of_monai_at_the_points_it_can_be_operated_at() -> None:
+    rng = np.random.default_rng(1)
+    scores, right = rng.random(60).round(2), rng.random(60) < 0.4
+    thresholds = {"num_targets": 50, "num_images": 9}
+    # MONAI leaves out the lowest score, so one more false box below all others stands in for it.
+    curve = compute_froc_curve_data(np.append(scores[~right], -1.0), scores[right], **thresholds)
+    for limit in (0.25, 0.5, 1.0, 2.0, 8.0):
+        expected = max(found for false, found in zip(*curve, strict=True) if false <= limit)
+        ours = metrics.froc_sensitivity(scores, right, num_reference=50, num_volumes=9, false_positives=limit)
+        assert ours == pytest.approx(expected)
+
+
+def test_froc_of_known_candidates() -> None:
+    scores, right = np.array([0.9, 0.8, 0.7, 0.7, 0.1]), np.array([1, 0, 1, 0, 1])
+    at = [
+        metrics.froc_sensitivity(scores, right, num_reference=4, num_volumes=2, false_positives=limit)
+        for limit in (0.0, 0.5, 1.0)
+    ]
+    assert at == [0.25, 0.25, 0.75]  # the equal scores come in together, and bring the second false box
+    assert math.isnan(metrics.froc_sensitivity(scores, right, num_reference=0, num_volumes=2, false_positives=1))
+    assert metrics.froc_sensitivity(scores[:0], right[:0], num_reference=4, num_volumes=2, false_positives=1) == 0
+
+
+def test_calibration_error_of_known_probabilities() -> None:
+    rng = np.random.default_rng(0)
+    probabilities = rng.random(40_000)
+    honest = rng.random(40_000) < probabilities
+    assert metrics.expected_calibration_error(probabilities, honest) < 0.01
+    assert metrics.expected_calibration_error(probabilities**3, honest) == pytest.approx(0.25, abs=0.01)
+    assert metrics.expected_calibration_error(np.ones(4), np.zeros(4)) == 1.0
+    assert math.isnan(metrics.expected_calibration_error(np.zeros(0), np.zeros(0)))

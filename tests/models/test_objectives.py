@@ -229,3 +229,18 @@ def test_unknown_objective_and_weight_are_refused(model: OmniMRI) -> None:
         build_objective("other", model)
     with pytest.raises(ValueError, match="known: balance"):
         build_objective("vision", model, {"focal": 1.0})
+
+
+def test_local_crops_are_further_views_of_their_volume(model: OmniMRI, builder: SequenceBuilder) -> None:
+    """With each volume its own attributes, three embeddings that agree cost less than two that agree and one that
+    is another volume's."""
+    volumes = torch.randn(2, 16, generator=torch.Generator().manual_seed(0))
+    apart = torch.arange(2)[:, None]
+    right = instance_loss(volumes.repeat(3, 1), apart)
+    assert right < instance_loss(torch.cat([volumes, volumes, volumes.flip(0)]), apart)
+    samples = [volume_fields(i) | {"attributes": np.array([i, i, i])} for i in range(2)]
+    objective = build_objective("vision", model, {"local_crops": 2, "augment": {"motion_share": 1.0}})
+    losses = objective(collate(samples, builder))
+    assert all(torch.isfinite(value) for value in losses.values())
+    with pytest.raises(ValueError, match=r"Unknown augmentations.*known: coarsest"):
+        build_objective("vision", model, {"augment": {"motions": 1}})

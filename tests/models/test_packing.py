@@ -13,7 +13,7 @@ from omnimri.models.engine import sequence_builder
 from omnimri.models.objectives import build_objective
 from omnimri.models.omnimri import OmniMRI
 from omnimri.models.packing import join, pack
-from omnimri.models.prompts import IGNORED, SequenceBuilder, TokenSequence
+from omnimri.models.prompts import IGNORED, SequenceBuilder, TokenSequence, tagged
 from omnimri.models.tokenizer import train_tokenizer
 
 PACK_LENGTH = 160
@@ -264,7 +264,7 @@ def test_a_request_about_one_volume_is_what_it_was(builder: SequenceBuilder) -> 
     np.testing.assert_array_equal(one.token_ids, listed.token_ids)
     assert builder.tokenizer.decode(one.token_ids) == (
         f"<|im_start|>user\n<vol><|vision_start|>{'<|image_pad|>' * 36}<|vision_end|>This is an axial T2w MRI. "
-        "Report this MRI.<|im_end|>\n<|im_start|>assistant\n"
+        "Report this MRI.<|im_end|>\n<|im_start|>assistant\n<response>"
     )
 
 
@@ -276,7 +276,7 @@ def test_a_request_shows_several_contrasts_in_order(builder: SequenceBuilder) ->
     assert ["FLAIR" in s for s in shown] == [False, False, True]
     places = sequence_batch([request], builder)["instruction_places"][0]
     assert builder.tokenizer.decode(request.token_ids[places]) == "This is a FLAIR MRI. Report this MRI.<|im_end|>"
-    example = builder.example("Report this MRI.", facts, "report", "Normal.")
+    example = builder.example("Report this MRI.", facts, "report", tagged("Normal."))
     np.testing.assert_array_equal(example.token_ids[: len(request.token_ids)], request.token_ids)
 
 

@@ -1,5 +1,9 @@
 """Identities that the physics must keep, whatever the data."""
 
+import shutil
+import subprocess
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -13,11 +17,19 @@ from omnimri.models.physics import (
     cg_sense,
     compress_coils,
     data_consistency,
+    decouple_readout,
     estimate_sens_maps,
     fft2c,
+    fftc,
+    hard_data_consistency,
     ifft2c,
+    ifftc,
+    partial_fourier,
     relative_residual,
     root_sum_of_squares,
+    shifted_lines,
+    simulated_acquisition,
+    symmetric_lines,
     undersampling_mask,
 )
 
@@ -273,3 +285,214 @@ def test_compression_keeps_the_strongest_combinations(rng: torch.Generator) -> N
         other, _ = torch.linalg.qr(complex_normal(rng, 6, 2))
         assert torch.einsum("ck,zcyx->zkyx", other.conj(), kspace).abs().square().sum() <= kept * 1.0001
     assert compress_coils(kspace, 6) is kspace
+
+
+def test_shifted_lines_keep_the_centre_and_the_number() -> None:
+    mask = torch.from_numpy(undersampling_mask(96, acceleration=4, center_fraction=0.08, seed=2))
+    center = center_lines(mask)
+    shifted = [shifted_lines(mask, shift) for shift in range(5)]
+    assert all(other[center].all() and other.sum() == mask.sum() for other in shifted)
+    torch.testing.assert_close(shifted[0], mask)
+    assert len({tuple(other.tolist()) for other in shifted}) > 3
+
+
+def test_a_simulated_acquisition_measures_the_image_with_the_noise_of_the_first(rng: torch.Generator) -> None:
+    """Whatever the residual was, the new measurement differs from the noiseless one by as much per sample."""
+    mask = torch.from_numpy(undersampling_mask(64, acceleration=2, center_fraction=0.2, seed=2))
+    operator = SenseOperator(unit_maps(rng, 4, 64, 64).expand(2, -1, -1, -1), mask)
+    image = complex_normal(rng, 2, 64, 64)
+    size = torch.tensor([0.3, 0.02])[:, None, None, None]
+    kspace = operator.forward(image) + size * complex_normal(rng, 2, 4, 64, 64) * mask
+    measured, other = simulated_acquisition(image, kspace, operator, rng)
+    assert not measured[..., ~other.mask].any()
+    noise = (measured - other.forward(image))[..., other.mask]
+    torch.testing.assert_close(noise.abs().square().mean((1, 2, 3)).sqrt(), size.flatten(), rtol=0.05, atol=0)
+    exact, other = simulated_acquisition(image, operator.forward(image), operator, rng)
+    torch.testing.assert_close(exact, other.forward(image), rtol=1e-4, atol=1e-4)
+
+
+def volume_problem(rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, SenseOperator]:
+    """Two images `(2, Z, Y, X)`, their undersampled 3D k-space, and the forward model; Y is the readout."""
+    maps = complex_normal(rng, 2, 4, 6, 10, 8)
+    maps = maps / maps.abs().square().sum(1, keepdim=True).sqrt()
+    mask = torch.rand(6, 1, 8, generator=rng) < 0.6
+    operator = SenseOperator(maps, mask, spatial_dims=3)
+    image = complex_normal(rng, 2, 6, 10, 8)
+    return image, operator.forward(image), operator
+
+
+def test_operator_in_three_dimensions_is_adjoint_and_that_of_sigpy(rng: torch.Generator) -> None:
+    image, kspace, operator = volume_problem(rng)
+    other = complex_normal(rng, *kspace.shape)
+    left = torch.vdot(other.flatten(), operator.forward(image).flatten())
+    right = torch.vdot(operator.adjoint(other).flatten(), image.flatten())
+    torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-4)
+    weights = operator.mask.expand(6, 10, 8).numpy().astype(np.float32)
+    theirs = Sense(operator.sens_maps[0].numpy(), weights=weights)
+    np.testing.assert_allclose(kspace[0], theirs(image[0].numpy()), atol=1e-5)
+    assert relative_residual(image, kspace, operator).tolist() == [0.0, 0.0]
+
+
+def test_volumes_are_solved_whole_and_along_the_readout_alike(rng: torch.Generator) -> None:
+    """The readout is sampled whole, so that its Fourier transform takes the 3D problem apart into 2D ones."""
+    image, kspace, operator = volume_problem(rng)
+    apart = SenseOperator(operator.sens_maps.movedim(-2, -4), operator.mask[:, 0])
+    hybrid = decouple_readout(kspace, -2)
+    assert hybrid.shape == (2, 10, 4, 6, 8)
+    torch.testing.assert_close(apart.forward(image.movedim(-2, -3)), hybrid, rtol=1e-4, atol=1e-5)
+    whole = cg_sense(kspace, operator, weight=0.1, num_steps=60)
+    torch.testing.assert_close(
+        cg_sense(hybrid, apart, weight=0.1, num_steps=60).movedim(-3, -2), whole, rtol=1e-3, atol=1e-4
+    )
+    guess = complex_normal(rng, *image.shape)
+    soft = data_consistency(guess, kspace, operator, weight=0.1, num_steps=60)
+    torch.testing.assert_close(
+        data_consistency(guess.movedim(-2, -3), hybrid, apart, weight=0.1, num_steps=60).movedim(-3, -2),
+        soft, rtol=1e-3, atol=1e-4,
+    )  # fmt: skip
+    hard = hard_data_consistency(guess, kspace, operator)
+    torch.testing.assert_close(
+        hard_data_consistency(guess.movedim(-2, -3), hybrid, apart).movedim(-3, -2), hard, rtol=1e-3, atol=1e-4
+    )
+
+
+def test_hard_consistency_of_one_coil_meets_the_measurement_and_leaves_the_rest(rng: torch.Generator) -> None:
+    operator = SenseOperator(torch.ones(2, 1, 12, 10, dtype=torch.complex64), torch.arange(10) % 3 == 0)
+    kspace, guess = complex_normal(rng, 2, 1, 12, 10) * operator.mask, complex_normal(rng, 2, 12, 10)
+    found = fft2c(hard_data_consistency(guess, kspace, operator))
+    torch.testing.assert_close(found[..., operator.mask], kspace[:, 0][..., operator.mask])
+    torch.testing.assert_close(found[..., ~operator.mask], fft2c(guess)[..., ~operator.mask])
+
+
+def test_hard_consistency_of_many_coils_keeps_the_truth_and_comes_closer(rng: torch.Generator) -> None:
+    operator = SenseOperator(unit_maps(rng, 4, 16, 16)[None], torch.arange(16) % 2 == 0)
+    truth, guess = complex_normal(rng, 1, 16, 16), complex_normal(rng, 1, 16, 16)
+    kspace = operator.forward(truth)
+    torch.testing.assert_close(hard_data_consistency(truth, kspace, operator), truth, rtol=1e-4, atol=1e-5)
+    after = relative_residual(hard_data_consistency(guess, kspace, operator), kspace, operator)
+    assert float(after) < 0.8 * float(relative_residual(guess, kspace, operator))
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_gradients_in_double_precision(rng: torch.Generator, spatial_dims: int) -> None:
+    """Of operators, both data consistencies, CG-SENSE, coil maps and partial Fourier, by finite differences."""
+    shape = {2: (2, 4), 3: (2, 1, 4)}[spatial_dims]
+
+    def draw(*leading: int) -> torch.Tensor:
+        return torch.randn(*leading, *shape, dtype=torch.complex128, generator=rng).requires_grad_()
+
+    mask = torch.tensor([True, False, True, True])
+    image, kspace, maps = draw(2), draw(2, 2), draw(2, 2)
+
+    def operator(maps: torch.Tensor) -> SenseOperator:
+        return SenseOperator(maps, mask, spatial_dims)
+
+    functions = {
+        "forward": (lambda x, s: operator(s).forward(x), (image, maps)),
+        "adjoint": (lambda y, s: operator(s).adjoint(y), (kspace, maps)),
+        "soft": (lambda x, y, s: data_consistency(x, y, operator(s), num_steps=3), (image, kspace, maps)),
+        "hard": (lambda x, y, s: hard_data_consistency(x, y, operator(s)), (image, kspace, maps)),
+        "cg_sense": (lambda y, s: cg_sense(y, operator(s), num_steps=3), (kspace, maps)),
+    }
+    if spatial_dims == 2:
+        whole = torch.ones(4, dtype=torch.bool)
+        functions["maps"] = (lambda y: estimate_sens_maps(y, whole), (kspace,))
+        functions["partial"] = (lambda y: partial_fourier(y, torch.arange(4) > 0, num_steps=2), (kspace,))
+    for name, (function, arguments) in functions.items():
+        assert torch.autograd.gradcheck(function, arguments), name
+
+
+def asymmetric_echo(rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """An image `(2, Y, X)` of smooth phase, its k-space with 60 % of the lines, and their mask."""
+    y, x = torch.meshgrid(torch.linspace(-1, 1, 64), torch.linspace(-1, 1, 48), indexing="ij")
+    objects = torch.stack(
+        [((y - 0.1) ** 2 + x**2 < 0.5).float() + ((y + x).abs() < 0.2), (y.abs() + x.abs() < 0.6).float()]
+    )
+    image = torch.polar(objects, (0.8 * x + 0.6 * y * y).expand(2, -1, -1))
+    mask = torch.arange(48) >= 19
+    noise = 1e-3 * complex_normal(rng, 2, 64, 48)
+    return image, (fft2c(image) + noise) * mask, mask
+
+
+def test_partial_fourier_restores_what_the_missing_side_held(rng: torch.Generator) -> None:
+    image, kspace, mask = asymmetric_echo(rng)
+    found = partial_fourier(kspace, mask)
+    errors = [float((other.abs() - image.abs()).square().mean()) for other in (found, ifft2c(kspace))]
+    assert errors[0] < 0.5 * errors[1]
+    torch.testing.assert_close((fft2c(found) * mask), kspace, rtol=1e-4, atol=1e-4)
+    whole = torch.ones(48, dtype=torch.bool)
+    torch.testing.assert_close(partial_fourier(fft2c(image), whole), image, rtol=1e-4, atol=1e-5)
+
+
+def test_symmetric_lines_have_their_mirror_images() -> None:
+    assert symmetric_lines(torch.arange(8) >= 2).nonzero().flatten().tolist() == [2, 3, 4, 5, 6]
+    assert symmetric_lines(torch.arange(7) >= 2).nonzero().flatten().tolist() == [2, 3, 4]
+    with pytest.raises(ValueError, match="at least 3 lines symmetrically about the centre of k-space, found 1"):
+        partial_fourier(torch.zeros(1, 8, 8, dtype=torch.complex64), torch.arange(8) >= 4)
+
+
+class Bart:
+    """BART's programs (Debian package `bart`) on arrays, which it keeps with the first axis running fastest."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, *arguments: str | torch.Tensor) -> torch.Tensor:
+        """Run a program; arrays among its arguments come last, and the result has the axes of BART, turned round."""
+        paths = [str(self._write(i, a)) if isinstance(a, torch.Tensor) else a for i, a in enumerate(arguments)]
+        subprocess.run(["bart", *paths, str(self.folder / "out")], check=True, capture_output=True, timeout=60)
+        header = (self.folder / "out.hdr").read_text().splitlines()
+        shape = [int(size) for size in header[1].split()][::-1]
+        return torch.from_numpy(np.fromfile(self.folder / "out.cfl", np.complex64).reshape(shape))
+
+    def _write(self, index: int, array: torch.Tensor) -> Path:
+        path = self.folder / f"in{index}"
+        path.with_suffix(".hdr").write_text(f"# Dimensions\n{' '.join(map(str, array.shape[::-1]))}\n")
+        array.numpy().astype(np.complex64).tofile(path.with_suffix(".cfl"))
+        return path
+
+
+@pytest.fixture
+def bart(tmp_path: Path) -> Bart:
+    if shutil.which("bart") is None:
+        pytest.skip("BART is not installed (apt-get install bart)")
+    return Bart(tmp_path)
+
+
+@pytest.mark.parametrize("shape", [(24, 20), (15, 21)])
+def test_fourier_transform_is_that_of_bart(rng: torch.Generator, bart: Bart, shape: tuple[int, int]) -> None:
+    image = complex_normal(rng, *shape)
+    torch.testing.assert_close(bart("fft", "-u", "3", image).squeeze(), fft2c(image), rtol=1e-4, atol=1e-5)
+
+
+def test_cg_sense_is_that_of_bart(rng: torch.Generator, bart: Bart) -> None:
+    """Same weight, no scaling, both run to convergence."""
+    maps = unit_maps(rng, 4, 32, 24)
+    operator = SenseOperator(maps[None], torch.arange(24) % 2 == 0)
+    kspace = operator.forward(complex_normal(rng, 1, 32, 24))
+    theirs = bart("pics", "-l2", "-r", "0.1", "-i", "200", "-w", "1", kspace[0, :, None], maps[:, None])
+    ours = cg_sense(kspace, operator, weight=0.1, num_steps=200)[0]
+    torch.testing.assert_close(theirs.squeeze(), ours, rtol=1e-2, atol=2e-3)
+
+
+def test_partial_fourier_is_no_worse_than_barts_homodyne(rng: torch.Generator, bart: Bart) -> None:
+    image, kspace, mask = asymmetric_echo(rng)
+    fraction = str(float(mask.float().mean()))
+    mirrored = kspace[0].roll(0)
+    theirs = bart("homodyne", "0", fraction, mirrored).squeeze()
+    ours = partial_fourier(kspace, mask)[0]
+    errors = [float((found.abs() - image[0].abs()).square().mean()) for found in (ours, theirs)]
+    assert errors[0] < 1.1 * errors[1]
+
+
+def test_operator_is_that_of_mrpro(rng: torch.Generator) -> None:
+    """Where MRPro is installed; it is no dependency, because it brings torchvision and a CUDA library."""
+    operators = pytest.importorskip("mrpro.operators", exc_type=ImportError)
+    image, kspace, operator = volume_problem(rng)
+    fourier = operators.FastFourierOp(dim=(-3, -2, -1))
+    coils = operators.SensitivityOp(operator.sens_maps)
+    (theirs,) = fourier(*coils(image[:, None]))
+    torch.testing.assert_close(theirs * operator.mask, kspace, rtol=1e-4, atol=1e-5)
+    (adjoint,) = coils.H(*fourier.H(kspace))
+    torch.testing.assert_close(adjoint[:, 0], operator.adjoint(kspace), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ifftc(fftc(image, (-3, -1)), (-3, -1)), image, rtol=1e-4, atol=1e-5)

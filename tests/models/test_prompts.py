@@ -146,7 +146,8 @@ def test_diagnosis_is_read_back(diagnosis: str) -> None:
     assert diagnosis_in(untagged(tagged(diagnosis_answer(diagnosis)))) == diagnosis
     for other in DIAGNOSES:
         assert diagnosis_in(f"Differential diagnosis: {other}, {diagnosis}. {diagnosis_answer(diagnosis)}") == diagnosis
-    assert diagnosis_choices()[DIAGNOSES.index(diagnosis)] == tagged(diagnosis_answer(diagnosis))
+    choice = diagnosis_choices()[DIAGNOSES.index(diagnosis)]
+    assert special.RESPONSE + choice == tagged(diagnosis_answer(diagnosis))
 
 
 def test_a_diagnosis_is_read_where_it_is_stated_and_in_whole_words() -> None:
@@ -177,8 +178,9 @@ def test_an_example_is_its_request_and_a_labelled_answer(builder: SequenceBuilde
     facts = {"plane": "axial", "contrast": "T2w"}
     request = builder.request("Report this MRI.", facts, "report")
     example = builder.example("Report this MRI.", facts, "report", tagged("Normal."))
-    start = len(request.token_ids)
-    np.testing.assert_array_equal(example.token_ids[:start], request.token_ids)
+    np.testing.assert_array_equal(example.token_ids[: len(request.token_ids)], request.token_ids)
+    start = len(request.token_ids) - 1
+    assert builder.tokenizer.decode(request.token_ids[start:]) == special.RESPONSE
     assert (example.labels[:start] == IGNORED).all()
     assert (example.labels[start:] == example.token_ids[start:]).all()
     answer = builder.tokenizer.decode(example.token_ids[start:])

@@ -1,10 +1,13 @@
 """The encoder's cache of tokens: the same answer, less work."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from monai.networks.nets.swin_unetr import SwinTransformer
 
 from omnimri.models.config import preset
-from omnimri.models.vision import TokenCache, VisionEncoder, visual_tokens
+from omnimri.models.vision import TokenCache, VisionEncoder, load_swin_weights, visual_tokens
 
 SHAPE = (8, 16, 16)
 
@@ -64,3 +67,34 @@ def test_cache_is_bounded_and_forgets_the_oldest(encoder: CountingEncoder, rng: 
     assert encoder.calls == 0
     cache.tokens(encoder, volume[:1])
     assert encoder.calls == 1
+
+
+@pytest.mark.parametrize(("prefix", "wrapped"), [("module.", True), ("swinViT.", False), ("", True)])
+def test_published_swin_weights_are_taken_where_they_fit(tmp_path: Path, prefix: str, wrapped: bool) -> None:
+    """Laid out as `model_swinvit.pt`: other names of the feed-forward layers, cubic patches, heads of its own."""
+    torch.manual_seed(1)
+    config = preset("tiny").vision
+    theirs = SwinTransformer(
+        in_chans=1, embed_dim=config.embed_dim, window_size=config.window_size, patch_size=(2, 2, 2),
+        depths=config.depths, num_heads=config.num_heads, spatial_dims=3,
+    )  # fmt: skip
+    renamed = {f"{prefix}{n.replace('linear', 'fc')}": value for n, value in theirs.state_dict().items()}
+    renamed |= {"module.rotation_head.weight": torch.zeros(4, 3)}
+    torch.save({"epoch": 3, "state_dict": renamed} if wrapped else renamed, tmp_path / "model_swinvit.pt")
+    encoder = VisionEncoder(config)
+    match = load_swin_weights(encoder, tmp_path / "model_swinvit.pt")
+    assert match.other_shape == ("patch_embed.proj.weight",)
+    assert all(".downsample." in name for name in match.absent)
+    own, published = dict(encoder.swin.named_parameters()), dict(theirs.named_parameters())
+    assert "layers2.0.blocks.1.mlp.linear1.weight" in match.taken
+    assert all(torch.equal(own[name], published[name]) for name in match.taken)
+
+
+def test_a_file_without_an_encoder_is_refused(tmp_path: Path) -> None:
+    encoder = VisionEncoder(preset("tiny").vision)
+    torch.save({"state_dict": {"conv.weight": torch.zeros(1)}}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=r"expected tensors as module.layers1.* found \['conv.weight'\]"):
+        load_swin_weights(encoder, tmp_path / "other.pt")
+    torch.save({"state_dict": {}, "args": Path("x")}, tmp_path / "objects.pt")
+    with pytest.raises(ValueError, match="without other objects"):
+        load_swin_weights(encoder, tmp_path / "objects.pt")

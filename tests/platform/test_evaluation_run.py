@@ -1,5 +1,6 @@
 """The whole evaluation on phantoms, with an engine that knows the truth and one that is wrong about everything."""
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,19 +9,32 @@ from typing import Any
 import numpy as np
 import pytest
 
+from omnimri.models.boxes import Box
+from omnimri.models.detection import read_detection
 from omnimri.platform.data.shards import Shards
 from omnimri.platform.evaluation.baselines import SenseSetting
+from omnimri.platform.evaluation.calibration import fit_platt
 from omnimri.platform.evaluation.cases import BLANK, MODEL, CaseContext, CaseResult
 from omnimri.platform.evaluation.config import EvaluateConfig
 from omnimri.platform.evaluation.evaluate import evaluate, log_evaluation, plan, spread_over_patients
+from omnimri.platform.evaluation.floors import shuffled
+from omnimri.platform.evaluation.summary import format_table, summarise
+from omnimri.platform.evaluation.text_cases import box_table
 from omnimri.platform.evaluation.workers import RUNNERS
 from omnimri.platform.tracking import Tracker, connect
 from tests.platform.evaluation_fakes import KnowingLoader, phantom_row, write_phantoms
 
 CONFIG = EvaluateConfig(
     accelerations=(3,), center_fractions=(0.15,), max_slices=4, bootstrap_samples=100, tuning_volumes=1,
-    cg_weights=(0.005, 0.05), cg_steps=(5,), cases_per_task=2,
+    cg_weights=(0.005, 0.05), cg_steps=(5,), cs_weights=(0.003,), cs_steps=(20,), cases_per_task=2,
 )  # fmt: skip
+
+
+SETTINGS = {
+    "cg_sense": {3: SenseSetting()},
+    "l1_wavelet": {3: SenseSetting(0.003, 30)},
+    "total_variation": {3: SenseSetting(0.003, 40)},
+}
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +57,9 @@ def test_a_model_that_knows_the_truth_scores_perfectly(
     tasks = summary.tasks
     assert tasks["reconstruct"]["3x"][MODEL]["psnr"].value > 50
     assert tasks["reconstruct"]["3x"][MODEL]["psnr"].n == 3
+    assert tasks["reconstruct"]["3x"][MODEL]["uncertainty_correlation"].value > 0.99
+    assert tasks["reconstruct"]["3x"][MODEL]["uncertainty_ratio"].value == pytest.approx(1.0, rel=1e-3)
+    assert "uncertainty_ratio" not in tasks["reconstruct"]["3x"]["cg_sense"]
     assert tasks["segment"]["volume"][MODEL]["dice_tissues"].value == 1.0
     assert tasks["segment"]["volume"][MODEL]["dice_lesion"].n == 2
     assert tasks["segment"]["volume"][MODEL]["lesion_false_alarm"].value == 0.0
@@ -54,6 +71,8 @@ def test_a_model_that_knows_the_truth_scores_perfectly(
     assert tasks["report"]["volume"][BLANK]["omission_rate"].value == 1.0
     assert any("central 4 slices" in note for note in summary.notes)
     assert any("the best of 2 settings on split 'val'" in note for note in summary.notes)
+    assert any(note.startswith("Total variation at 3x: weight 0.003, 20 iterations") for note in summary.notes)
+    assert 0 < tasks["reconstruct"]["3x"]["l1_wavelet"]["residual"].value < 0.3
 
     written = json.loads((tmp_path / "summary.json").read_text())
     assert written["header"]["model_version"] == "fake-1"
@@ -78,7 +97,7 @@ def test_a_model_that_knows_the_truth_scores_perfectly(
 
 def _case(row: dict[str, Any], task: str, *, garbled: bool = True) -> CaseResult:
     context = CaseContext(
-        engine=KnowingLoader([row], garbled)(Path()), config=CONFIG, sense_settings={3: SenseSetting()},
+        engine=KnowingLoader([row], garbled)(Path()), config=CONFIG, settings=SETTINGS,
         frequencies=np.full(5, 0.2),
     )  # fmt: skip
     return RUNNERS[task](context, row | {"label_names": dict(row["label_names"])})
@@ -93,6 +112,8 @@ def test_a_model_that_returns_its_input_reconstructs_like_zero_filled() -> None:
     result = _case(phantom_row(1, split="test", patient=1), "reconstruct")
     assert _values(result)["psnr"] == pytest.approx(_values(result, "zero_filled_rss")["psnr"])
     assert _values(result)["psnr"] < _values(result, "cg_sense")["psnr"]
+    assert _values(result)["uncertainty_ratio"] == _values(result)["uncertainty_coverage"] == 0.0
+    assert np.isnan(_values(result)["uncertainty_correlation"])
     assert _values(result, "cg_sense")["residual"] < _values(result, "zero_filled")["residual"]
 
 
@@ -100,6 +121,78 @@ def test_an_unreadable_box_answer_is_counted_and_finds_nothing() -> None:
     values = _values(_case(phantom_row(1, split="test", patient=1), "detect"))
     assert values["parsed"] == 0.0
     assert (values["matched"], values["num_reference"], values["side_correct"]) == (0, 1, 0.0)
+
+
+def test_candidates_are_matched_in_falling_order_of_score() -> None:
+    box = {"label": "old infarct", "side": "left"}
+    reference = [Box(**box, box_voxel=(0, 0, 0, 4, 4, 4))]
+    candidates = [
+        Box(**box, box_voxel=(0, 0, 0, 4, 4, 3), score=0.9, logprob=-1.0),
+        Box(**box, box_voxel=(0, 0, 0, 4, 4, 4), score=0.2, logprob=-3.0),
+    ]
+    table = box_table(candidates, reference, 0.1, is_calibrated=True)
+    assert table["box_right"][:3] == [1.0, 0.0, -1.0]
+    assert table["box_scores"][:3] == [0.9, 0.2, -1.0]
+    assert table["box_raw"][:2] == pytest.approx([np.exp(-1), np.exp(-3)])
+    assert table["num_candidates"] == table["num_calibrated"] == 2
+    assert np.isnan(box_table([], [], 0.1, is_calibrated=False)["num_calibrated"])
+    drawn = [dataclasses.replace(box, logprob=None) for box in reversed(candidates)]
+    assert box_table(drawn, reference, 0.1) | {"num_calibrated": 2, "box_raw": table["box_raw"]} == table
+    assert max(box_table(drawn, reference, 0.1)["box_raw"]) == -1.0
+
+
+def test_a_shuffled_answer_brings_all_candidates_of_the_other_patient() -> None:
+    """Patients 1 and 3 have an infarct in one place, so only the box in the corner is wrong for either."""
+    rows = [phantom_row(i, split="test", patient=i) for i in (1, 3)]
+    own = [record for row in rows for record in _case(row, "detect", garbled=False).records if record.method == MODEL]
+    assert [len(record.texts["candidates"]) for record in own] == [2, 2]
+    for record, floor in zip(own, shuffled(own, CONFIG), strict=True):
+        expected = {name: value for name, value in record.values.items() if name not in ("seconds", "num_calibrated")}
+        assert {name: floor.values[name] for name in expected} == expected
+        assert floor.values["box_right"][:3] == [1.0, 0.0, -1.0]
+
+
+def test_without_drawn_answers_there_is_no_free_response_curve() -> None:
+    context = CaseContext(
+        engine=KnowingLoader([row := phantom_row(1, split="test", patient=1)])(Path()),
+        config=dataclasses.replace(CONFIG, box_samples=0), settings={}, frequencies=np.full(5, 0.2),
+    )  # fmt: skip
+    records = RUNNERS["detect"](context, row).records
+    summary = summarise([*records, *shuffled(records, CONFIG)], CONFIG, {})
+    assert "sensitivity_1fp" not in summary.tasks["detect"]["iou_0.1"][MODEL]
+    assert "| Sensitivity " in format_table(summary)
+
+
+def test_platt_finds_the_map_that_made_the_outcomes() -> None:
+    rng = np.random.default_rng(0)
+    logprobs = rng.uniform(-40, -5, 20_000)
+    right = rng.random(20_000) < 1 / (1 + np.exp(-(0.2 * logprobs + 3)))
+    fit = fit_platt(np.exp(logprobs), right, split="val", data_digest="d")
+    assert (fit.slope, fit.intercept) == (pytest.approx(0.2, rel=0.05), pytest.approx(3, rel=0.05))
+    assert fit.num_right == right.sum()
+    assert fit_platt(np.exp(logprobs), ~right, split="val", data_digest="d") is None
+    assert fit_platt(np.exp(logprobs), np.ones_like(right), split="val", data_digest="d") is None
+
+
+@pytest.mark.slow
+def test_scores_are_calibrated_on_the_tuning_split_and_kept_with_the_checkpoint(
+    tmp_path: Path, ray_cluster: None
+) -> None:
+    patients = {5: "train", 1: "val", 2: "val", 3: "test", 4: "test"}
+    rows = [phantom_row(i, split=patients[i], patient=i, kspace=False) for i in patients]
+    shards = write_phantoms(tmp_path / "data", rows)
+    config = dataclasses.replace(CONFIG, tasks=("detect",), calibrate=True)
+    model = tmp_path / "model"
+    model.mkdir()
+    summary = evaluate(model, shards, tmp_path / "out", config, engine_loader=KnowingLoader(rows))
+    detection = read_detection(model)
+    assert detection.calibration.split == "val"
+    assert detection.calibration.data_digest == shards.digest
+    assert detection.labels == ("old infarct",)
+    values = summary.tasks["detect"]["iou_0.1"][MODEL]
+    assert values["sensitivity_1fp"].value == 1.0
+    assert values["ece"].value < values["ece_raw"].value
+    assert any("calibrated on" in note for note in summary.notes)
 
 
 def test_an_invented_finding_counts_as_hallucination_and_omission() -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from omnimri.models import metrics
+from omnimri.models.boxes import Box
 from omnimri.models.config import preset
 from omnimri.models.physics import ifft2c, root_sum_of_squares
 from omnimri.models.preprocess import Preprocess
@@ -162,10 +163,11 @@ def test_boxes_are_the_connected_parts_of_the_mask_with_their_sides_and_scores()
 
 
 def test_the_edge_of_a_lesion_is_the_one_that_finds_most_on_the_validation_split() -> None:
-    truth = np.array([[2, 10, 27, 4, 14, 33]], float)
+    truth = [Box(label="old infarct", side="left", box_voxel=(2, 10, 27, 4, 14, 33))]
     assert best_threshold([(_head(), _probabilities((LEFT, 0.3)), truth)], 0.1) == 0.2
     assert best_threshold([(_head(), _probabilities((LEFT, 0.9)), truth)], 0.1) == 0.5
-    assert best_threshold([(_head(), _probabilities(), np.zeros((0, 6)))], 0.1) == 0.5
+    assert best_threshold([(_head(), _probabilities(), [])], 0.1) == 0.5
+    assert best_threshold([], 0.1) == 0.5
 
 
 def test_the_template_report_says_what_was_found_and_a_healthy_head_is_normal() -> None:

@@ -85,10 +85,12 @@ def test_only_the_parts_of_the_stage_move(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("zero", [0, 2, 3])
-def test_a_resumed_run_ends_bit_identical(tmp_path: Path, zero: int) -> None:
+@pytest.mark.parametrize("ema_decay", [None, 0.9])
+def test_a_resumed_run_ends_bit_identical(tmp_path: Path, zero: int, ema_decay: float | None) -> None:
     start = first_stage(tmp_path / "before")
-    whole = run_stage("instruct", fake_run(tmp_path / "whole", zero=zero), kit=FakeKit(), init=start)
-    run = fake_run(tmp_path / "broken", zero=zero)
+    whole = fake_run(tmp_path / "whole", zero=zero, ema_decay=ema_decay)
+    whole = run_stage("instruct", whole, kit=FakeKit(), init=start)
+    run = fake_run(tmp_path / "broken", zero=zero, ema_decay=ema_decay)
     interrupted(run, start)
     with LocalSession(tmp_path / "broken" / "ray" / "fake-instruct").last_checkpoint() as checkpoint:
         assert checkpoint is not None
@@ -150,6 +152,31 @@ def test_autocast_keeps_float32_weights(tmp_path: Path) -> None:
     run = fake_run(tmp_path / "autocast")
     result = run_stage("vision", replace(run, zero=ZeroConfig(stage=1, precision="autocast")), kit=FakeKit())
     assert weights(result)["members.vision.weight"].dtype == torch.float32
+
+
+@pytest.mark.parametrize(("zero", "threshold"), [(0, 0), (1, 0), (2, 0), (3, 0), (3, 10**6)])
+def test_the_published_model_is_the_average_of_the_weights(tmp_path: Path, zero: int, threshold: int) -> None:
+    """Against the average of every step's checkpoint, kept by hand."""
+    start = first_stage(tmp_path / "before")
+    seen = [flat(load_file(start / "model.safetensors"))]
+    # One source and a constant rate: a shorter run is the beginning of a longer one.
+    same: dict[str, Any] = {"weights": {"instruct.text": 1.0}, "warmup_share": 0.0, "final_lr_share": 1.0}
+    for steps in range(1, 5):
+        run = fake_run(tmp_path / f"first-{steps}", steps=steps, **same)
+        seen.append(flat(weights(run_stage("instruct", run, kit=FakeKit(), init=start))))
+    expected = seen[0]
+    for step, after in enumerate(seen[1:]):
+        decay = min(0.3, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * after
+    run = fake_run(tmp_path / "whole", zero=zero, steps=4, ema_decay=0.3, **same)
+    run = replace(run, zero=replace(run.zero, persistence_threshold=threshold))
+    found = flat(weights(run_stage("instruct", run, kit=FakeKit(), init=start)))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    assert (found - seen[-1]).abs().max() > 1e-4
+
+
+def flat(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
 
 
 def test_the_same_name_again_returns_at_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

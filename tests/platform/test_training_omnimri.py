@@ -120,6 +120,42 @@ def test_two_workers_run_the_last_stage(
     assert not _changed(four_stages[2], result, "vision")
 
 
+@pytest.mark.parametrize("zero", [1, 3])
+def test_bfloat16_products_and_recomputed_activations_leave_a_float32_model(
+    data: Path, four_stages: list[StageResult], tmp_path: Path, zero: int
+) -> None:
+    run = smallest_run(data, tmp_path, zero=zero)
+    stage = replace(run.train.instruct, activation_checkpointing=True, ema_decay=0.9)
+    run = replace(run, train=replace(run.train, instruct=stage), zero=replace(run.zero, precision="autocast"))
+    result = run_stage("instruct", run, init=Path(four_stages[2].model_folder))
+    plain = four_stages[3].losses["loss"]["first_tenth"]
+    assert result.losses["loss"]["first_tenth"] == pytest.approx(plain, rel=0.05)
+    for part in ("backbone", "image_decoder"):
+        assert _changed(four_stages[2], result, part)
+        for value in load_file(Path(result.model_folder) / part / "model.safetensors").values():
+            assert value.dtype == torch.float32
+            assert value.ndim < 2 or not value.any() or not torch.equal(value, value.bfloat16().float())
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+def test_low_rank_updates_are_published_merged(
+    data: Path, four_stages: list[StageResult], tmp_path: Path, zero: int
+) -> None:
+    run = smallest_run(data, tmp_path, zero=zero)
+    run = replace(run, train=replace(run.train, instruct=replace(run.train.instruct, lora_rank=2)))
+    result = run_stage("instruct", run, init=Path(four_stages[2].model_folder))
+    before, after = (
+        load_file(Path(r.model_folder) / "backbone" / "model.safetensors") for r in (four_stages[2], result)
+    )
+    assert before.keys() == after.keys()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert any("q_proj" in name for name in moved)
+    assert all("self_attn" in name or "shared_expert." in name for name in moved)
+    for name in moved:
+        assert torch.linalg.matrix_rank(after[name] - before[name], rtol=1e-3) <= 2
+    assert _changed(four_stages[2], result, "image_decoder")
+
+
 def _changed(before: StageResult, after: StageResult, part: str) -> bool:
     old, new = (load_file(Path(r.model_folder) / part / "model.safetensors") for r in (before, after))
     return any(not torch.equal(old[name], new[name]) for name in old)

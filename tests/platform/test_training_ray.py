@@ -67,6 +67,31 @@ def test_two_workers_compute_what_one_process_computes(
     assert found.losses["loss"] == pytest.approx(alone.losses["loss"], abs=1e-5)
 
 
+def averaged(run: RunConfig) -> RunConfig:
+    return replace(run, train=replace(run.train, instruct=replace(run.train.instruct, ema_decay=0.8)))
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+def test_two_workers_publish_the_average_that_one_process_publishes(
+    tmp_path: Path, start: Path, alone: StageResult, zero: int
+) -> None:
+    expected = run_stage("instruct", averaged(quiet(fake_run(tmp_path / "alone"))), kit=FakeKit(), init=start)
+    run = averaged(quiet(fake_run(tmp_path / "two", workers=2, zero=zero)))
+    assert_same_weights(run_stage("instruct", run, kit=FakeKit(), init=start), expected)
+    with pytest.raises(AssertionError):
+        assert_same_weights(alone, expected)
+
+
+def test_an_average_is_resumed_on_another_number_of_workers(tmp_path: Path, start: Path) -> None:
+    expected = run_stage("instruct", averaged(quiet(fake_run(tmp_path / "alone"))), kit=FakeKit(), init=start)
+    run = averaged(quiet(fake_run(tmp_path / "two", workers=2, zero=2)))
+    once = replace(run, scaling=replace(run.scaling, max_failures=0))
+    with pytest.raises(TrainingError):
+        run_stage("instruct", once, kit=killing_kit(tmp_path / "two"), init=start)
+    fewer = replace(run, scaling=replace(run.scaling, num_workers=1))
+    assert_same_weights(run_stage("instruct", fewer, kit=killing_kit(tmp_path / "two"), init=start), expected)
+
+
 def test_a_killed_worker_costs_at_most_the_steps_since_the_last_checkpoint(
     tmp_path: Path, start: Path, alone: StageResult
 ) -> None:

@@ -26,7 +26,9 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
 
 
 def options(slices: int, structures: int = 4) -> ViewOptions:
-    return ViewOptions(preprocess=Preprocess(NATIVE), slices_per_sample=slices, structures_per_sample=structures)
+    return ViewOptions(
+        preprocess=Preprocess(NATIVE), slices_per_sample=slices, structures_per_sample=structures, foreign_share=0.0
+    )
 
 
 def test_every_instruction_gets_the_mask_it_names(rows: list[dict]) -> None:
@@ -87,3 +89,45 @@ def test_reconstruction_is_trained_on_the_coil_maps_of_the_contract(rows: list[d
     expected = estimate_sens_maps(kspace, mask, method=method)
     np.testing.assert_allclose(sample["sens_maps"], expected, atol=1e-4)
     assert any(f"{method} coil maps" in step for step in preprocess.steps)
+
+
+def test_training_draws_every_acceleration_and_both_kinds_of_masks(rows: list[dict]) -> None:
+    """Equispaced lines have gaps that differ by one at most; their number tells the acceleration."""
+    row = next(row for row in rows if row["kspace"] is not None)
+    row = {**row, "kspace": np.pad(row["kspace"], ((0, 0), (0, 0), (0, 0), (104, 104)))}
+    wanted = range(2, 13)
+    chosen = replace(options(1), accelerations=tuple(wanted), random_mask_share=0.5)
+    rng = np.random.default_rng(0)
+    masks = [reconstruction_sample(row, rng, chosen)["mask"][0] for _ in range(150)]
+    equispaced = [mask for mask in masks if _is_equispaced(mask)]
+    found = {min(wanted, key=lambda r: abs(240 / r - mask.sum())) for mask in equispaced}
+    assert found == set(wanted)
+    assert 50 < len(equispaced) < 100
+    only = replace(chosen, random_mask_share=0.0)
+    assert all(_is_equispaced(reconstruction_sample(row, rng, only)["mask"][0]) for _ in range(10))
+
+
+def _is_equispaced(mask: np.ndarray) -> bool:
+    gaps = np.diff(np.flatnonzero(mask[: len(mask) // 3]))
+    return len(gaps) < 2 or int(np.ptp(gaps)) <= 1
+
+
+def test_shares_are_between_nothing_and_all() -> None:
+    with pytest.raises(ValueError, match=r"random_mask_share must be between 0 and 1, found 1\.5"):
+        replace(options(1), random_mask_share=1.5)
+
+
+def test_structures_of_another_part_of_the_body_have_an_empty_mask(rows: list[dict]) -> None:
+    """Every prompt of them, and only where the row says what it shows; the others keep their masks."""
+    row = {**rows[0], "body_part": "brain"}
+    always = replace(options(2), foreign_share=1.0)
+    sample = segmentation_sample(row, np.random.default_rng(0), always)
+    assert not sample["slice_target"].any()
+    assert not any(name in text for text in sample["instruction"] for name in (*TISSUES, LESION, "hippocampus"))
+    unknown = segmentation_sample({**row, "body_part": None}, np.random.default_rng(0), always)
+    assert unknown["slice_target"].any()
+    rng = np.random.default_rng(1)
+    some = replace(options(2), foreign_share=0.25)
+    texts = [text for _ in range(20) for text in segmentation_sample(row, rng, some)["instruction"]]
+    own = [any(name in text for name in (*TISSUES, LESION)) for text in texts]
+    assert 0.6 < np.mean(own) < 0.9

@@ -149,6 +149,12 @@ class FakeKit:
         x, y = (torch.from_numpy(np.stack([s[key] for s in samples])) for key in ("x", "y"))
         return {"x": x, "y": y, "head": samples[0]["head"], "num_tokens": torch.tensor(x.numel())}
 
+    def add_adapters(self, model: nn.Module, rank: int) -> None:
+        raise AssertionError("the fake model has no adapters")
+
+    def checkpoint_activations(self, model: nn.Module) -> None:
+        raise AssertionError("the fake model keeps its activations")
+
     def parts(self, model: nn.Module) -> Mapping[str, nn.Module]:
         return dict(model.members.items())
 

@@ -3,7 +3,7 @@
 import io
 import json
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import h5py
@@ -15,9 +15,12 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, MRImageStorage, 
 
 from omnimri.models.boxes import Box, BoxCoder, boxes_to_text
 from omnimri.models.config import tiny
-from omnimri.models.engine import Prompt, Reconstruction, Segmentation, TextAnswer
+from omnimri.models.decoding import TextAnswer
+from omnimri.models.detection import Detection
+from omnimri.models.engine import Prompt, Reconstruction, Segmentation
 from omnimri.models.physics import fft2c
 from omnimri.models.preprocess import Preprocess
+from omnimri.models.prompts import untagged
 from omnimri.models.scan import Scan
 
 SHAPE = (6, 40, 36)
@@ -31,6 +34,7 @@ class KnownAnswers:
 
     version = VERSION
     preprocess = Preprocess(tiny().inputs)
+    detection = Detection()
 
     def encode(self, scan: Scan, instruction: str, task: str) -> Prompt:
         if scan.image.max() == 0:
@@ -45,15 +49,19 @@ class KnownAnswers:
             warnings=(f"Encoded for {task}.",),
         )  # fmt: skip
 
-    def generate_text(self, prompt: Prompt, *, max_new_tokens: int, temperature: float, seed: int) -> TextAnswer:
+    def generate_text(
+        self, prompt: Prompt, *, max_new_tokens: int, temperature: float, seed: int, grammar: str | None = None,
+        on_text: Callable[[str], None] | None = None,
+    ) -> TextAnswer:  # fmt: skip
         if prompt.instruction == "Crash.":
             raise RuntimeError("a bug of ours")
-        text = bytes(prompt.token_ids.astype(np.uint8)).decode()
-        return TextAnswer(text=text[:max_new_tokens], token_ids=list(prompt.token_ids), logprob=float(np.log(0.8)))
-
-    def stream_text(self, prompt: Prompt, **sampling: float) -> Iterator[str]:
-        for word in self.generate_text(prompt, **sampling).text.split(" "):
-            yield f"{word} "
+        text = bytes(prompt.token_ids.astype(np.uint8)).decode()[:max_new_tokens]
+        for word in untagged(text).split(" ") if on_text else ():
+            on_text(f"{word} ")
+        return TextAnswer(
+            text=f"{text} {grammar}" if grammar else text, token_ids=list(prompt.token_ids), logprob=-1.0,
+            box_logprobs=(float(np.log(0.8)),) * text.count("{"), finished=max_new_tokens >= len(prompt.token_ids),
+        )  # fmt: skip
 
     def score_choices(self, prompt: Prompt, choices: Sequence[str]) -> np.ndarray:
         return np.eye(len(choices), dtype=np.float32)[1]

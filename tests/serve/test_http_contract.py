@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from omnimri.models.vocabulary import RESEARCH_NOTICE
+from omnimri.platform.language.description import Description
 from omnimri.serve.app import running_app
 from omnimri.serve.config import AppArgs, ImageConfig, ServingConfig, UploadLimits
 from tests.serve import serving_fakes as fakes
@@ -101,6 +102,7 @@ def test_segment_returns_masks_on_the_grid_of_the_input_and_volumes(client: http
 def test_detect_returns_boxes_in_voxels_and_millimetres(client: httpx.Client, nifti: Path) -> None:
     (finding,) = post(client, "detect", nifti).raise_for_status().json()["findings"]
     assert (finding["label"], finding["side"], finding["score"]) == ("old infarct", "left", pytest.approx(0.8))
+    assert finding["calibrated"] is False
     np.testing.assert_allclose(finding["box_voxel"], fakes.BOX, atol=1)
     z1, y1, x1, z2, y2, x2 = finding["box_voxel"]
     centre = np.array([x1 + x2, y1 + y2, z1 + z2]) / 2 - 0.5
@@ -112,6 +114,14 @@ def test_an_answer_cut_short_is_no_list_of_boxes_and_says_so(client: httpx.Clien
     answer = post(client, "detect", nifti, max_new_tokens="20").raise_for_status().json()
     assert answer["findings"] == []
     assert any("no list of boxes" in warning for warning in answer["warnings"])
+
+
+def test_a_report_as_a_description_is_decoded_under_its_schema(client: httpx.Client, nifti: Path) -> None:
+    answer = post(client, "report", nifti, format="description").raise_for_status().json()
+    assert all(field in answer["text"] for field in ("%json", *Description.model_fields))
+    refused = post(client, "detect", nifti, format="description")
+    assert refused.status_code == 422
+    assert refused.json()["error"]["code"] == "unknown_format"
 
 
 def test_diagnose_returns_text_and_probabilities(client: httpx.Client, nifti: Path) -> None:

@@ -1,0 +1,117 @@
+"""The plan of a run: counts of the real modules, DeepSpeed's own memory estimates, and refusals that name a knob."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
+from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
+
+from omnimri.jobs import plan as job
+from omnimri.models.backbone import build_backbone
+from omnimri.models.config import preset
+from omnimri.models.omnimri import OmniMRI
+from omnimri.platform.training.plan import PlanConfig, count, layer_activations, make_plan, model_states
+
+TOTAL, LARGEST = 14_000_000_000, 545_000_000
+
+
+def test_counts_are_those_of_the_model() -> None:
+    config = preset("tiny")
+    counts, model = count(config), OmniMRI(config)
+    assert sum(counts.parts.values()) == sum(p.numel() for p in model.parameters())
+    layers = model.backbone.model.layers
+    idle = sum(p[2:].numel() for layer in layers for p in layer.mlp.experts.parameters())
+    assert counts.active == counts.parts["backbone"] - idle
+
+
+def test_7b_is_counted_without_memory() -> None:
+    counts = make_plan("7b", PlanConfig(gpus=64)).counts
+    assert 13e9 < counts.parts["backbone"] < 14e9
+    assert 8.5e9 < counts.active < 9.5e9
+
+
+@pytest.mark.parametrize(("nodes", "per_node"), [(1, 1), (1, 8), (8, 8)])
+def test_states_differ_from_deepspeeds_estimate_by_the_width_of_a_weight(nodes: int, per_node: int) -> None:
+    """DeepSpeed counts 16-bit weights and a float32 copy of their gradients; ours are float32 from the start."""
+    workers = nodes * per_node
+    _, zero2 = estimate_zero2_model_states_mem_needs(TOTAL, per_node, nodes, cpu_offload=False)
+    own = sum(model_states(TOTAL, TOTAL, LARGEST, zero=2, workers=workers).values())
+    assert own - zero2 == pytest.approx(2 * TOTAL - 2 * TOTAL / workers, abs=1)
+    _, zero3, layer = estimate_zero3_model_states_mem_needs(TOTAL, LARGEST, per_node, nodes, False, False)
+    states = model_states(TOTAL, TOTAL, LARGEST, zero=3, workers=workers)
+    assert states["gathered layer"] == layer
+    assert sum(states.values()) - zero3 == pytest.approx(2 * TOTAL / workers, abs=1)
+    _, offloaded, _ = estimate_zero3_model_states_mem_needs(TOTAL, LARGEST, per_node, nodes, True, True)
+    states = model_states(TOTAL, TOTAL, LARGEST, zero=3, workers=workers, offload=True)
+    assert states["gathered layer"] == offloaded
+    assert states["weights"] == states["optimizer"] == 0
+
+
+def test_activations_of_a_layer_are_what_autograd_keeps() -> None:
+    """Within a fifth, at the tiny width in float32."""
+    config = preset("tiny")
+    torch.manual_seed(0)
+    backbone = build_backbone(config.backbone)
+    seen: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    tokens = 256
+    states = torch.randn(1, tokens, config.backbone.hidden_size, requires_grad=True)
+    position = backbone.model.rotary_emb(states, torch.arange(tokens)[None])
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = backbone.model.layers[0](states, position_embeddings=position)
+    weights = {p.untyped_storage().data_ptr() for p in backbone.parameters()}
+    kept = sum(size for place, size in seen.items() if place not in weights)
+    assert output.requires_grad
+    assert layer_activations(config, value_bytes=4) * tokens == pytest.approx(kept, rel=0.2)
+
+
+def test_checkpointing_offload_and_more_workers_need_less() -> None:
+    def needed(**settings: object) -> float:
+        return make_plan("small", PlanConfig(**{"gpus": 8, "zero": 2, **settings})).needed  # type: ignore[arg-type]
+
+    assert needed(checkpointing=False) > needed() > needed(gpus=16) > needed(gpus=16, zero=3)
+    assert needed(offload="cpu") < needed()
+    assert needed(zero=0) > needed(zero=1) > needed()
+
+
+def test_the_job_prints_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    assert job.main(["--preset", "small", "--gpus", "8"]) == 0
+    printed = capsys.readouterr().out
+    for expected in ("active per token", "ZeRO-3", "checkpointed", "35% of 312 TFLOP/s (assumed)", "per step"):
+        assert expected in printed
+
+
+@pytest.mark.parametrize(
+    ("options", "knob"),
+    [
+        (["--zero", "0"], "--zero 1"),
+        (["--zero", "3", "--no-checkpointing", "--micro-batch", "8"], "Leave out --no-checkpointing"),
+        (["--zero", "3", "--micro-batch", "24"], "--micro-batch 12"),
+    ],
+)
+def test_what_cannot_fit_is_refused_in_one_line(
+    options: list[str], knob: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert job.main(["--preset", "small", "--gpus", "8", "--gpu-memory", "24", *options]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert knob in error
+    assert "--gpu-memory 24" in error
+
+
+@pytest.mark.slow
+def test_one_layer_of_7b_runs_forward_and_backward_at_its_true_width() -> None:
+    torch.manual_seed(0)
+    layer = build_backbone(replace(preset("7b").backbone, num_layers=1, vocab_size=8))
+    layer.model(inputs_embeds=torch.randn(1, 16, 3584), use_cache=False).last_hidden_state.square().mean().backward()
+    experts = layer.model.layers[0].mlp.experts
+    assert experts.gate_up_proj.shape == (8, 2 * 2560, 3584)
+    assert all(torch.isfinite(p.grad).all() for p in layer.model.layers[0].parameters())
+    assert experts.gate_up_proj.grad.any()
