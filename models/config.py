@@ -18,16 +18,25 @@ class VisionConfig:
     """Attention window in tokens, `z y x`."""
     patch_size: tuple[int, int, int] = (1, 2, 2)
     """Voxels per patch, `z y x`."""
+    token_level: Literal[1, 2, 4] = 4
+    """Map of the pyramid whose places become visual tokens. 4 is the coarsest; at 2 a token has half its edge, at 1 a
+    quarter, and holds the coarsest map's features of its place beside its own."""
+
+    def __post_init__(self) -> None:
+        if self.token_level not in (1, 2, 4):
+            raise ValueError(f"VisionConfig.token_level must be 1, 2 or 4, found {self.token_level}.")
 
     @property
     def token_dim(self) -> int:
-        return 8 * self.embed_dim
+        coarsest = 8 * self.embed_dim
+        return coarsest if self.token_level == 4 else coarsest + 2**self.token_level * self.embed_dim
 
     @property
     def token_stride(self) -> tuple[int, int, int]:
-        """Voxels per output token: patch size times three mergings."""
+        """Voxels per visual token: patch size times the mergings before its map, which are three at most."""
         z, y, x = self.patch_size
-        return 8 * z, 8 * y, 8 * x
+        merged = 2 ** min(self.token_level, 3)
+        return merged * z, merged * y, merged * x
 
 
 @dataclass(frozen=True, kw_only=True)

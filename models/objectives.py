@@ -24,7 +24,6 @@ from omnimri.models.omnimri import OmniMRI
 from omnimri.models.physics import SenseOperator
 from omnimri.models.prompts import IGNORED
 from omnimri.models.ssl_heads import instance_loss, masked_image_loss, neighbour_contrast_loss
-from omnimri.models.vision import visual_tokens
 
 Batch = dict[str, Tensor]
 Losses = dict[str, Tensor]
@@ -74,7 +73,7 @@ class VisionPretraining(nn.Module):
         blocks[len(volume) :] = False  # the second view stays whole: it is the contrast's target
         masked_patches = _spread(blocks, self.model.config.vision.token_stride, vision.config.patch_size, shape)
         views = torch.cat([augment(volume, self.changes), augment(volume, self.changes)])
-        tokens = visual_tokens(vision(views, masked_patches))
+        tokens = vision.tokens(views, masked_patches)
         masked = _spread(blocks, self.model.config.vision.token_stride, (1, 1, 1), shape)[: len(volume), None]
         foreground = volume > volume.amin(dim=(2, 3, 4), keepdim=True) + 0.5
         first, second = tokens.chunk(2)
@@ -95,7 +94,7 @@ class VisionPretraining(nn.Module):
         pooled = [tokens.mean(1)]
         for _ in range(self.weights.local_crops):
             crop = local_crop(augment(volume, self.changes))
-            pooled.append(visual_tokens(self.model.vision(crop)).mean(1))
+            pooled.append(self.model.vision.tokens(crop).mean(1))
         return self.model.ssl_heads.volume(torch.cat(pooled))
 
     def _patch_loss(self, first: Tensor, second: Tensor, grid: tuple[int, int, int]) -> Tensor:

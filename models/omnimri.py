@@ -110,11 +110,13 @@ class OmniMRI(nn.Module):
         return z * y * x
 
     def aligned_tokens(self, volume: Tensor, spacing_mm: Tensor, contrast: Tensor) -> Tensor:
-        """Volume `(B, 1, D, H, W)` to backbone-width tokens `(B, N, H)`; the vision encoder is not trained here."""
+        """Volume `(B, 1, D, H, W)` to backbone-width tokens `(B, N, H)`."""
         return self.align_tokens(self.vision_tokens(volume), spacing_mm, contrast, volume.shape[2:])
 
     def vision_tokens(self, volume: Tensor) -> Tensor:
-        """Tokens `(B, N, V)` of volumes `(B, 1, D, H, W)` from the frozen encoder."""
+        """Tokens `(B, N, V)` of volumes `(B, 1, D, H, W)`; a frozen encoder remembers those it has seen."""
+        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.vision.parameters()):
+            return self.vision.tokens(volume)
         return self._token_cache.tokens(self.vision, volume)
 
     def align_tokens(self, tokens: Tensor, spacing_mm: Tensor, contrast: Tensor, shape: Sequence[int]) -> Tensor:

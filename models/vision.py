@@ -65,16 +65,31 @@ class VisionEncoder(nn.Module):
             maps.append(x)
         return maps
 
+    def tokens(self, volume: Tensor, masked: Tensor | None = None) -> Tensor:
+        """Visual tokens `(B, N, V)` of volumes; arguments as in `forward`."""
+        return visual_tokens(self(volume, masked), self.config.token_level)
+
     def token_grid(self, shape: tuple[int, int, int]) -> tuple[int, int, int]:
         """Tokens along z, y, x for an input of that shape; odd sizes are padded up at each merging."""
         z, y, x = (-(-size // stride) for size, stride in zip(shape, self.config.token_stride, strict=True))
         return z, y, x
 
 
-def visual_tokens(pyramid: list[Tensor]) -> Tensor:
-    """The coarsest map as float32 tokens `(B, N, V)` in z-major raster order, layer-normed without affine."""
-    tokens = rearrange(pyramid[-1], "b v d h w -> b (d h w) v").float()
-    return nn.functional.layer_norm(tokens, tokens.shape[-1:])
+def visual_tokens(pyramid: list[Tensor], level: int = 4) -> Tensor:
+    """A map as float32 tokens `(B, N, V)` in z-major raster order, layer-normed without affine.
+
+    A finer map than the coarsest is joined by that one, each normed alone: where something is, and what it is part of.
+    """
+    maps = pyramid[-1:] if level == 4 else [pyramid[level], _spread(pyramid[-1], 2 ** (3 - level), pyramid[level])]
+    tokens = [rearrange(m, "b v d h w -> b (d h w) v").float() for m in maps]
+    return torch.cat([nn.functional.layer_norm(t, t.shape[-1:]) for t in tokens], dim=-1)
+
+
+def _spread(coarse: Tensor, factor: int, fine: Tensor) -> Tensor:
+    """Each place of a map `(B, V, d, h, w)` repeated over those of a finer one that were merged into it."""
+    for axis in (2, 3, 4):
+        coarse = coarse.repeat_interleave(factor, dim=axis).narrow(axis, 0, fine.shape[axis])
+    return coarse
 
 
 class TokenCache:
@@ -91,10 +106,10 @@ class TokenCache:
         self._known: OrderedDict[tuple[bytes, int], Tensor] = OrderedDict()
 
     def tokens(self, encoder: VisionEncoder, volume: Tensor) -> Tensor:
-        """`visual_tokens` of `encoder` for `volume` `(B, 1, D, H, W)`, without gradients."""
+        """Tokens that `encoder` gives `volume` `(B, 1, D, H, W)`, without gradients."""
         if volume.device.type != "cpu":
             with torch.no_grad():
-                return visual_tokens(encoder(volume))
+                return encoder.tokens(volume)
         # Any change in place of the weights counts their version up.
         version = sum(parameter._version for parameter in encoder.parameters())
         return torch.cat([self._one(encoder, single, version) for single in volume.split(1)])
@@ -107,7 +122,7 @@ class TokenCache:
             return self._known[key]
         # A tensor born in inference mode could not take part in training later.
         with torch.inference_mode(mode=False), torch.no_grad():
-            tokens = visual_tokens(encoder(volume.clone()))
+            tokens = encoder.tokens(volume.clone())
         self._known[key] = tokens
         self._bytes += tokens.nbytes
         while self._bytes > self._max_bytes:

@@ -120,13 +120,14 @@ def build_modules(job: StageJob, stage: Stage, tokenizer: Any) -> tuple[nn.Modul
         model = job.kit.create(job.run.model, tokenizer)
     else:
         model = job.kit.load(Path(job.init), job.run.model)
-    train_only(job.kit.parts(model), stage.trains)
-    rank = job.run.stage(stage.name).lora_rank
-    if rank is not None and "backbone" in stage.trains:
-        job.kit.add_adapters(model, rank)
-    if job.run.stage(stage.name).activation_checkpointing:
+    train = job.run.stage(stage.name)
+    learning = train.trained_parts(stage)
+    train_only(job.kit.parts(model), learning)
+    if train.lora_rank is not None and "backbone" in learning:
+        job.kit.add_adapters(model, train.lora_rank)
+    if train.activation_checkpointing:
         job.kit.checkpoint_activations(model)
-    objective = job.kit.objective(stage.objective, model, job.run.stage(stage.name).objective)
+    objective = job.kit.objective(stage.objective, model, train.objective)
     return model, objective
 
 

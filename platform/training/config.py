@@ -13,7 +13,7 @@ from typing import Any
 from omnimri.models.config import OmniMRIConfig
 from omnimri.platform.data.shards import check_flags
 from omnimri.platform.data.stream import StreamConfig
-from omnimri.platform.training.stages import KINDS, STAGES, Stage, stage_named
+from omnimri.platform.training.stages import KINDS, PARTS, STAGES, Stage, stage_named
 from omnimri.platform.training.zero import ZeroConfig
 
 DEFAULT_WEIGHTS: Mapping[str, float] = {
@@ -46,6 +46,8 @@ class TrainConfig:
     """Weight of each source among those of its kind; 0 leaves it out."""
     ratio: dict[str, float] | None = None
     """Share of the forward passes by kind of data; None keeps the stage's (Table 2 of the paper)."""
+    also_trains: tuple[str, ...] = ()
+    """Parts of the model that learn beside those of the stage, for example `vision` in the stages after the first."""
     accumulation: int = 1
     """Forward passes per optimizer step; each has one source, the next may have another."""
     lr_scale: dict[str, float] = field(default_factory=dict)
@@ -95,6 +97,8 @@ class TrainConfig:
             raise ValueError(f"TrainConfig.lora_rank must be 1 or more, or none; found {self.lora_rank}.")
         if not 0 <= self.warmup_share < 1:
             raise ValueError(f"TrainConfig.warmup_share must lie in [0, 1), found {self.warmup_share}.")
+        if unknown := set(self.also_trains) - set(PARTS):
+            raise ValueError(f"TrainConfig.also_trains: unknown parts {sorted(unknown)}; known: {list(PARTS)}.")
         if self.ratio is not None and (unknown := set(self.ratio) - set(KINDS)):
             raise ValueError(f"TrainConfig.ratio: unknown kinds {sorted(unknown)}; known: {list(KINDS)}.")
 
@@ -110,6 +114,10 @@ class TrainConfig:
             return (step + 1) / warmup
         progress = (step - warmup) / max(1, self.steps - warmup)
         return self.final_lr_share + (1 - self.final_lr_share) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+    def trained_parts(self, stage: Stage) -> tuple[str, ...]:
+        """Parts of the model that learn."""
+        return tuple(dict.fromkeys((*stage.trains, *self.also_trains)))
 
     def shares(self, stage: Stage, kinds: Mapping[str, str]) -> dict[str, float]:
         """Share of the forward passes by source.

@@ -1,5 +1,6 @@
-"""The encoder's cache of tokens: the same answer, less work."""
+"""The encoder's tokens at either fineness, their cache, and weights from elsewhere."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,28 @@ def encoder() -> CountingEncoder:
 
 def volumes(rng: torch.Generator, count: int) -> torch.Tensor:
     return torch.randn(count, 1, *SHAPE, generator=rng)
+
+
+@pytest.mark.parametrize("shape", [(24, 56, 48), (7, 45, 33), (1, 40, 24)])
+@pytest.mark.parametrize("level", [1, 2])
+def test_fine_tokens_stand_on_their_grid_beside_the_coarsest_of_their_place(
+    level: int, shape: tuple[int, int, int], rng: torch.Generator
+) -> None:
+    torch.manual_seed(0)
+    encoder = VisionEncoder(replace(preset("tiny").vision, token_level=level)).eval()
+    volume = torch.randn(1, 1, *shape, generator=rng)
+    with torch.no_grad():
+        fine, coarse = encoder.tokens(volume), visual_tokens(encoder(volume))
+    grid, coarse_grid = encoder.token_grid(shape), VisionEncoder(preset("tiny").vision).token_grid(shape)
+    assert fine.shape == (1, torch.Size(grid).numel(), encoder.config.token_dim)
+    above = [torch.arange(size) // 2 ** (3 - level) for size in grid]
+    expected = coarse[0].reshape(*coarse_grid, -1)[above[0]][:, above[1]][:, :, above[2]]
+    torch.testing.assert_close(fine[0].reshape(*grid, -1)[..., -expected.shape[-1] :], expected)
+
+
+def test_a_token_level_without_a_grid_of_its_own_is_refused() -> None:
+    with pytest.raises(ValueError, match="token_level must be 1, 2 or 4, found 3"):
+        replace(preset("tiny").vision, token_level=3)
 
 
 def test_remembered_tokens_are_the_encoders(encoder: CountingEncoder, rng: torch.Generator) -> None:

@@ -89,6 +89,21 @@ def test_every_stage_trains_its_parts_and_leaves_the_others(four_stages: list[St
         assert not any(_changed(before, after, name) for name in still)
 
 
+def test_fine_tokens_pass_every_stage_and_the_encoder_learns_where_it_is_asked_to(data: Path, tmp_path: Path) -> None:
+    run = smallest_run(data, tmp_path)
+    model = replace(SMALLEST, vision=replace(SMALLEST.vision, token_level=2))
+    stages = {name: replace(run.stage(name), steps=2) for name in STAGES}
+    stages["instruct"] = replace(stages["instruct"], also_trains=("vision",))
+    results = run_stages(list(STAGES), replace(run, model=model, train=StageConfigs(**stages)))
+    changes = [_changed(before, after, "vision") for before, after in itertools.pairwise(results)]
+    assert changes == [False, False, True]
+
+
+def test_a_part_that_the_model_lacks_cannot_learn() -> None:
+    with pytest.raises(ValueError, match=r"also_trains: unknown parts \['eyes'\]"):
+        replace(recipe("tiny", "r", [], "out").train.instruct, also_trains=("eyes",))
+
+
 def test_the_last_model_loads_without_ray(four_stages: list[StageResult]) -> None:
     model = OmniMRI.load(four_stages[-1].model_folder)
     assert set(model.parts()) >= set(STAGES["instruct"].trains)
