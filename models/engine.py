@@ -342,14 +342,13 @@ class Engine:
         return torch.cat(images)
 
     @torch.inference_mode()
-    def segment(self, scan: Scan, prompts: dict[str, Prompt], *, num_steps: int = 1, seed: int = 0) -> Segmentation:
+    def segment(self, scan: Scan, prompts: dict[str, Prompt], *, num_steps: int = 1) -> Segmentation:
         """Masks of the structures that the prompts ask for, one prompt each.
 
         Args:
             scan: The image.
             prompts: By structure, from `encode(scan, ..., "segment")`.
             num_steps: Steps along the bridge; one is a plain segmentation network.
-            seed: Kept for samplers with noise; the bridge is walked without it.
 
         Raises:
             ValueError: If there is no prompt, or one of another task.
@@ -361,7 +360,7 @@ class Engine:
         parts = [
             self.model.image_decoder.segment(
                 slices, queries.expand(len(slices), *queries.shape), slice_pyramid(self.model, slices),
-                num_steps=num_steps, generator=torch.Generator().manual_seed(seed),
+                num_steps=num_steps,
             )
             for slices in source.slices.split(SLICES_PER_PASS)
         ]  # fmt: skip

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -111,34 +110,28 @@ class ImageDecoder(nn.Module):
     @torch.no_grad()
     def reconstruct(
         self, measured: Measurement, condition: Tensor, pyramid: list[Tensor],
-        *, num_steps: int, noise: float = 0.0, generator: torch.Generator | None = None,
+        *, num_steps: int,
     ) -> Tensor:  # fmt: skip
-        """Walk the bridge from its start; complex `(B, H, W)`. `noise` > 0 samples it stochastically."""
+        """Walk the bridge from its start; complex `(B, H, W)`."""
         state = measured.initial
         batch = state.shape[0]
-        for scheduler, time, following in _steps(num_steps):
+        for scheduler, time in _steps(num_steps):
             clean = self.predict_image(state, state.real.new_full((batch,), time), measured, condition, pyramid)
             stepped = _scheduled_step(scheduler, as_channels(state), as_channels(clean), time)
             state = torch.complex(stepped[:, 0], stepped[:, 1])
-            if noise and following:
-                spread = noise * (following * (time - following) / time) ** 0.5
-                state = state + spread * torch.randn(state.shape, dtype=state.dtype, generator=generator)
         return state
 
     @torch.no_grad()
     def segment(
         self, image: Tensor, condition: Tensor, pyramid: list[Tensor],
-        *, num_steps: int, noise: float = 0.0, generator: torch.Generator | None = None,
+        *, num_steps: int,
     ) -> Tensor:  # fmt: skip
         """Walk the bridge from neutral masks; probabilities `(B, N, H, W)` for `condition` `(B, N, K, P)`."""
         state = image.new_zeros(image.shape[0], condition.shape[1], *image.shape[1:])
-        for scheduler, time, following in _steps(num_steps):
+        for scheduler, time in _steps(num_steps):
             logit = self.predict_mask(state, image, image.new_full((image.shape[0],), time), condition, pyramid)
             clean = torch.tanh(logit / 2)
             state = _scheduled_step(scheduler, state, clean, time)
-            if noise and following:
-                spread = noise * (following * (time - following) / time) ** 0.5
-                state = state + spread * torch.randn(state.shape, generator=generator)
         return (state + 1) / 2
 
 
@@ -154,8 +147,8 @@ def as_channels(image: Tensor) -> Tensor:
     return rearrange(torch.view_as_real(image), "b h w c -> b c h w")
 
 
-def _steps(num_steps: int) -> list[tuple[FlowMatchEulerDiscreteScheduler, float, float]]:
-    """The scheduler with each step's time and the next one, from 1 to 0."""
+def _steps(num_steps: int) -> list[tuple[FlowMatchEulerDiscreteScheduler, float]]:
+    """The scheduler with the time of each step, from 1 down to above 0."""
     if not 1 <= num_steps <= 50:
         raise ValueError(f"num_steps={num_steps}: expected 1 to 50.")
     # shift stays 1 and the sigmas are given: the scheduler would otherwise shift them twice (diffusers #13243).
@@ -163,7 +156,7 @@ def _steps(num_steps: int) -> list[tuple[FlowMatchEulerDiscreteScheduler, float,
     scheduler.set_timesteps(sigmas=[1 - i / num_steps for i in range(num_steps)])
     scheduler.set_begin_index(0)
     times = [float(s) for s in scheduler.sigmas]
-    return [(scheduler, time, following) for time, following in pairwise(times)]
+    return [(scheduler, time) for time in times[:-1]]
 
 
 def _scheduled_step(scheduler: FlowMatchEulerDiscreteScheduler, state: Tensor, clean: Tensor, time: float) -> Tensor:

@@ -176,7 +176,7 @@ class Image(ModelReplica):
         Args:
             scan: The volume.
             prompts: From the encoder, by structure.
-            options: `num_steps`, `seed`.
+            options: `num_steps`.
         """
         result = await self.run(self.engine.segment, scan, prompts, **options)
         warnings = dict.fromkeys(warning for prompt in prompts.values() for warning in prompt.warnings)

@@ -124,7 +124,7 @@ class Ingress:
             reference = await asyncio.to_thread(ray.put, intake.scan)
             prompts = self.encoder.encode_each.remote(reference, instructions, "segment")
             result = await self._result(
-                self.image.segment.remote(reference, prompts, num_steps=form.num_steps, seed=form.seed), "image"
+                self.image.segment.remote(reference, prompts, num_steps=form.num_steps), "image"
             )
             instruction = form.instruction or " ".join(instructions.values())
             return await asyncio.to_thread(segmentation_draft, intake, instruction, result)

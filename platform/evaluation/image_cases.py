@@ -205,7 +205,7 @@ def _model_masks(context: CaseContext, scan: Scan, structures: list[str]) -> dic
     prompts = {
         name: context.engine.encode(scan, instruction_for("segment", structure=name), "segment") for name in structures
     }
-    answer = context.engine.segment(scan, prompts, num_steps=context.config.segment_steps, seed=context.config.seed)
+    answer = context.engine.segment(scan, prompts, num_steps=context.config.segment_steps)
     return {name: np.asarray(answer.masks[name], dtype=bool) for name in structures}
 
 

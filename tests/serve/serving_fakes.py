@@ -70,7 +70,7 @@ class KnownAnswers:
         spread = np.full(scan.image.shape, float(num_steps), np.float32) if num_samples > 1 else None
         return Reconstruction(image=scan.image.astype(np.complex64), uncertainty=spread, residual=0.25)
 
-    def segment(self, scan: Scan, prompts: dict[str, Prompt], *, num_steps: int, seed: int) -> Segmentation:
+    def segment(self, scan: Scan, prompts: dict[str, Prompt], *, num_steps: int) -> Segmentation:
         for prompt in prompts.values():
             _wait_where_told(prompt.instruction)
         edges = np.linspace(0.2, 1.0, len(prompts) + 1)
