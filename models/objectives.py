@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from omnimri.models.augment import AugmentConfig, augment, local_crop
 from omnimri.models.backbone import balance_loss, router_statistics, router_z_loss
+from omnimri.models.flow_head import copy_loss
 from omnimri.models.image_decoder import Measurement, bridge_state
 from omnimri.models.omnimri import OmniMRI
 from omnimri.models.physics import SenseOperator
@@ -151,10 +152,20 @@ class MultimodalPretraining(nn.Module):
         before = batch["visual_places"].roll(-1, dims=1)
         before[:, -1] = False
         losses["loss_visual"] = self.model.flow_head.loss(vision_tokens.flatten(0, 1), hidden[before])
+        losses |= self._visual_floors(vision_tokens, hidden[before])
         losses["loss"] = (
             losses["loss_text"] + self.weights.visual * losses["loss_visual"] + _router_terms(losses, self.weights)
         )
         return losses
+
+    @torch.no_grad()
+    def _visual_floors(self, tokens: Tensor, hidden: Tensor) -> Losses:
+        """What `loss_visual` has to beat: a copy of the token before, and the head with states of other places."""
+        shuffled = hidden[torch.randperm(len(hidden), device=hidden.device)]
+        return {
+            "visual_copied": copy_loss(tokens),
+            "visual_shuffled": self.model.flow_head.loss(tokens.flatten(0, 1), shuffled),
+        }
 
 
 class InstructionTuning(nn.Module):

@@ -8,7 +8,7 @@ from omnimri.models.backbone import balance_loss, router_statistics
 from omnimri.models.collate import collate
 from omnimri.models.config import preset
 from omnimri.models.engine import sequence_builder
-from omnimri.models.flow_head import FlowHead
+from omnimri.models.flow_head import FlowHead, copy_loss
 from omnimri.models.objectives import build_objective
 from omnimri.models.omnimri import OmniMRI
 from omnimri.models.prompts import IGNORED, SequenceBuilder
@@ -20,6 +20,12 @@ from omnimri.models.tokenizer import train_tokenizer
 def model() -> OmniMRI:
     torch.manual_seed(0)
     return OmniMRI(preset("tiny"))
+
+
+@pytest.fixture(autouse=True)
+def encoder_is_frozen(model: OmniMRI) -> None:
+    """As in every stage but the first."""
+    model.vision.requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
@@ -78,16 +84,21 @@ def gradients(model: OmniMRI) -> set[str]:
 
 
 def test_vision_stage_teaches_the_encoder_and_its_heads_only(model: OmniMRI, builder: SequenceBuilder) -> None:
+    model.vision.requires_grad_(True)
     samples = [{"volume": volume_fields(i)["volume"], "attributes": np.array([i, 0, 0])} for i in range(2)]
     build_objective("vision", model)(collate(samples, builder))["loss"].backward()
     assert gradients(model) == {"vision", "ssl_heads"}
 
 
-def test_alignment_leaves_the_encoder_alone(model: OmniMRI, builder: SequenceBuilder) -> None:
+@pytest.mark.parametrize("frozen", [True, False])
+def test_alignment_reaches_the_encoder_unless_it_is_frozen(
+    model: OmniMRI, builder: SequenceBuilder, frozen: bool
+) -> None:
+    model.vision.requires_grad_(not frozen)
     samples = [volume_fields(i) | {"text": f"report {i}", "image_first": True, "text_group": i} for i in range(3)]
     losses = build_objective("align", model)(collate(samples, builder))
     losses["loss"].backward()
-    assert gradients(model) == {"align", "text_encoder", "clip_head"}
+    assert gradients(model) == {"align", "text_encoder", "clip_head"} | (set() if frozen else {"vision"})
     assert 0 <= float(losses["retrieval_at_1"]) <= 1
 
 
@@ -105,6 +116,7 @@ def test_multimodal_stage_predicts_both_modalities(model: OmniMRI, builder: Sequ
     assert gradients(model) == {"align", "backbone", "flow_head"}
     assert losses["loss_visual"].item() > 0
     assert losses["loss_text"].item() > 0
+    assert {"visual_copied", "visual_shuffled"} <= losses.keys()
 
 
 def test_reconstruction_reaches_the_backbone_through_its_queries(model: OmniMRI, builder: SequenceBuilder) -> None:
@@ -222,6 +234,21 @@ def test_flow_head_learns_what_the_hidden_state_tells() -> None:
     assert tokens.grad is None
     with torch.no_grad():
         assert float(head.loss(tokens, hidden)) < 0.8 * float(head.loss(tokens, hidden[torch.randperm(256)]))
+
+
+@pytest.mark.parametrize("step", [0.3, 1.5])
+def test_copying_costs_what_the_best_guess_about_the_token_before_costs(step: float) -> None:
+    """Against that guess itself, drawn as the loss draws: the mean of a normal token given its noisy self."""
+    rng = torch.Generator().manual_seed(0)
+    tokens = (step * torch.randn(64, 400, 8, generator=rng)).cumsum(1)
+    token, before = tokens[:, 1:], tokens[:, :-1]
+    time = torch.sigmoid(torch.randn(*token.shape[:2], 1, generator=rng))
+    noise = torch.randn(token.shape, generator=rng)
+    noisy = (1 - time) * token + time * noise
+    gain = (1 - time) * step**2 / ((1 - time).square() * step**2 + time.square())
+    guess = before + gain * (noisy - (1 - time) * before)
+    error = ((noisy - guess) / time - (noise - token)).square().mean()
+    assert copy_loss(tokens).item() == pytest.approx(error.item(), rel=0.02)
 
 
 def test_unknown_objective_and_weight_are_refused(model: OmniMRI) -> None:
