@@ -113,12 +113,14 @@ def mr_series(archive: Archive) -> set[str]:
 
 
 KILLED = """
+import signal
 import sys
 from pathlib import Path
 from omnimri.platform.data.formats.dicom.web import DicomwebConfig
 from omnimri.platform.data.formats.dicom.web_query import parse_query
 from omnimri.platform.data.intake.config import IngestConfig
 from omnimri.platform.data.intake.mirror import ingest_dicomweb
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs ignore it
 config = IngestConfig(dicomweb=DicomwebConfig(series_at_once=2))
 ingest_dicomweb(sys.argv[1], Path(sys.argv[2]), parse_query([]), config)
 """
