@@ -10,10 +10,10 @@ DIR of --model is a checkpoint folder, DIR of --data an ingested corpus. The fol
   figures/       one PNG for each image task
   pictures/      the arrays of the cases on the page
 
-Reconstruction stands beside zero-filled and CG-SENSE (tuned on the validation split) by fastMRI's definitions;
-segmentation, detection, diagnosis and reports beside the same model on a blank image, the last three also beside its
-answers about another patient; diagnosis beside the commonest diagnosis in training too. The table printed at the end
-says plainly what does not beat its floor.
+Reconstruction stands beside zero-filled, CG-SENSE and compressed sensing (both tuned on the validation split) by
+fastMRI's definitions; segmentation, detection, diagnosis and reports beside the same model on a blank image, the last
+three also beside its answers about another patient; diagnosis beside the commonest diagnosis in training too. The
+table printed at the end says plainly what does not beat its floor.
 
 With --set calibrate=true the scores of boxes are first fitted on the validation split; the fit is kept in the
 checkpoint folder (detection.json), where serving finds it.

@@ -49,8 +49,6 @@ def main(argv: list[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> None:
     config = apply_overrides(ProbeConfig(split=args.split), args.overrides)
     shards = Shards.open(args.data)
-    if not (args.model / "omnimri.json").is_file():
-        raise ValueError(f"--model {args.model}: expected a checkpoint folder, found none. Run `omnimri train` first.")
     folders = [f"--model {args.model}", f"--data {shlex.join(map(str, args.data))}", f"--out {args.out}"]
     with ensure_ray():
         result = probe(args.model.absolute(), shards, args.out, config, command=f"omnimri probe {' '.join(folders)}")

@@ -317,9 +317,11 @@ class Engine:
         uncertainty = None
         if num_samples > 1:
             generator = torch.Generator().manual_seed(seed)
-            again = [simulated_acquisition(image, kspace, operator, generator) for _ in range(num_samples)]
-            errors = [self._image(measured, other, queries, num_steps).abs() - image.abs() for measured, other in again]
-            uncertainty = torch.stack(errors).square().mean(0).sqrt().numpy()
+            squares = torch.zeros_like(image.real)
+            for _ in range(num_samples):  # one at a time: each is as large as the scan
+                measured, other = simulated_acquisition(image, kspace, operator, generator)
+                squares += (self._image(measured, other, queries, num_steps).abs() - image.abs()).square()
+            uncertainty = (squares / num_samples).sqrt().numpy()
         return Reconstruction(
             image=image.numpy(),
             uncertainty=uncertainty,

@@ -23,10 +23,10 @@ from omnimri.platform.evaluation.measures import METRICS, QUALITY
 from omnimri.platform.evaluation.summary import Summary, Value, Verdict, format_value, method_label
 from omnimri.platform.evaluation.workers import load_engine
 from omnimri.platform.specialists.specialists import RivalsLoader, SpecialistsConfig, train_missing
+from omnimri.platform.training.trainer import RESULT
 
 SPECIALISTS_FOLDER = "specialists"
 TABLE_NAME = "table.md"
-STAGE_RESULT = "result.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ def training_seconds(model_dir: Path | None) -> float | None:
     """Wall time of all stages of the run that a checkpoint RUN/STAGE/model belongs to; None where it is not known."""
     if model_dir is None:
         return None
-    results = sorted(model_dir.absolute().parent.parent.glob(f"*/{STAGE_RESULT}"))
+    results = sorted(model_dir.absolute().parent.parent.glob(f"*/{RESULT}"))
     seconds = [json.loads(path.read_text(encoding="utf-8")).get("seconds") for path in results]
     return sum(value for value in seconds if value) or None
 

@@ -31,6 +31,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from omnimri.models.omnimri import read_index
 from omnimri.models.vocabulary import CONTRASTS, RESEARCH_NOTICE
 from omnimri.platform.cluster import quiet_ray_data
 from omnimri.platform.data.schema import FACTS
@@ -82,15 +83,15 @@ def probe(model_dir: Path, shards: Shards, out: Path, config: ProbeConfig, *, co
         The content of `probe.json`: `spaces` -> space -> label -> figure; `retrieval`; and where it comes from.
 
     Raises:
-        ValueError: If the training or the scored split holds no volume.
+        ValueError: If `model_dir` is no checkpoint, or the training or the scored split holds no volume.
     """
+    index = read_index(model_dir)
     learned, held_out = (_embed(model_dir, shards, split, config) for split in ("train", config.split))
     spaces = {
         space: {label: scores(learned, held_out, space, label, config) for label in LABELS}
         for space in ("encoder", "aligned")
         if getattr(held_out, space).shape[1]
     }
-    index = json.loads((model_dir / "omnimri.json").read_text())
     result = {
         "model_version": index["version"], "data_digest": shards.digest, "split": config.split,
         "volumes": {"train": len(learned.wordings), config.split: len(held_out.wordings)},
@@ -128,7 +129,7 @@ class _Embedder:
 
     def __init__(self, model_dir: Path, refs: Sequence[RowRef]) -> None:
         from omnimri.models.engine import sequence_builder
-        from omnimri.models.omnimri import OmniMRI, read_index
+        from omnimri.models.omnimri import OmniMRI
         from omnimri.models.preprocess import read_preprocess
         from omnimri.models.tokenizer import load_tokenizer
 

@@ -38,6 +38,7 @@ from omnimri.platform.specialists.segmentation import (
     segmentation_network,
     train_segmentation,
 )
+from omnimri.platform.training.config import DEFAULT_EXCLUDED
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +58,8 @@ class SpecialistsConfig:
     classifier: DiagnosisConfig = field(default_factory=lambda: DiagnosisConfig(seconds=180))
     iou_threshold: float = 0.1
     """Overlap at which the edge of a lesion is chosen on the validation split, for boxes."""
-    exclude_flags: tuple[str, ...] = ()
-    """Rows that are not trained on, as `RunConfig.exclude_flags`."""
+    exclude_flags: tuple[str, ...] = DEFAULT_EXCLUDED
+    """Rows that are not trained on, as `RunConfig.exclude_flags` says of OmniMRI's."""
 
     def with_budget(self, *, seconds: float | None = None, steps: int | None = None) -> SpecialistsConfig:
         """The same with one budget for every network."""

@@ -258,7 +258,7 @@ _OPERATIONAL = {
 }  # fmt: skip
 """Fields of `TrainConfig` that may change between a start and a resume."""
 
-_WITHOUT = (("ema_decay", None), ("lora_rank", None))
+_WITHOUT = (("ema_decay", None), ("lora_rank", None), ("also_trains", []))
 """Fields that say nothing where they are not used: settings from before there was such a field compare equal."""
 
 

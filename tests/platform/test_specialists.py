@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,7 @@ from omnimri.platform.data.shards import Shards, load_row, row_to_scan
 from omnimri.platform.evaluation import baselines
 from omnimri.platform.evaluation.image_cases import reference_masks, segmentation_values
 from omnimri.platform.evaluation.text import label_text
+from omnimri.platform.specialists import fit as fit_module
 from omnimri.platform.specialists.augment import augment_slices
 from omnimri.platform.specialists.diagnosis import DiagnosisConfig, SliceClassifier
 from omnimri.platform.specialists.findings import Detector, Reporter, best_threshold, boxes_of
@@ -213,11 +216,14 @@ def test_the_best_validated_weights_are_kept() -> None:
     assert [point.steps for point in fitted.curve] == [3, 6, 9]
 
 
-def test_a_budget_of_seconds_ends_in_time_and_the_rate_ends_low() -> None:
+def test_a_budget_of_seconds_ends_in_time_and_the_rate_ends_low(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock that goes on by a sixteenth of a second whenever it is read, so twice a step."""
+    clock = itertools.count()
+    monkeypatch.setattr(fit_module, "time", SimpleNamespace(perf_counter=lambda: next(clock) / 16))
     network = _Line()
-    config = FitConfig(seconds=0.3, validations=2)
+    config = FitConfig(seconds=0.375, validations=2)
     fitted = fit(network, lambda: (network.weight - 1).square().sum(), lambda: float("nan"), config)
-    assert 0.3 <= fitted.curve[-1].seconds < 0.6
+    assert [(point.steps, point.seconds) for point in fitted.curve] == [(3, 0.19), (6, 0.38)]
     assert learning_rate(1.0, config) == pytest.approx(0.01 * config.lr)
     assert learning_rate(0.1, config) == config.lr
     with pytest.raises(ValueError, match="give seconds or steps"):
