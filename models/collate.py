@@ -18,8 +18,8 @@ from omnimri.models.vocabulary import IMAGE_TASKS
 
 STACKED = ("volume", "spacing_mm", "contrast", "attributes")
 """One per sample; where a sample shows M images of one patient in one sequence, M, joined along the first axis."""
-JOINED = ("volumes", "kspace", "mask", "sens_maps", "target", "slices", "slice_target")
-"""Several slices per sample, joined along the first axis."""
+JOINED = ("volumes", "labels", "known", "kspace", "mask", "sens_maps", "target", "slices", "slice_target")
+"""Several slices or patches per sample, joined along the first axis."""
 
 
 def collate(
@@ -57,7 +57,8 @@ def collate(
     batch |= {name: torch.from_numpy(np.concatenate([s[name] for s in samples])) for name in JOINED if name in first}
     if "volumes" in batch:
         batch["volume"] = batch.pop("volumes")
-        batch["attributes"] = batch["attributes"].flatten(0, 1)
+        if "attributes" in batch:
+            batch["attributes"] = batch["attributes"].flatten(0, 1)
     if sequences:
         batch |= sequence_batch(sequences, builder)
     if _texts(first):

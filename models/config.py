@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 
@@ -204,6 +204,12 @@ def tiny() -> OmniMRIConfig:
     )  # fmt: skip
 
 
+def tiny_long() -> OmniMRIConfig:
+    """`tiny` with visual tokens of half the edge, eight times as many: text that tells of lesions, in an hour."""
+    model = tiny()
+    return replace(model, preset="tiny-long", vision=replace(model.vision, token_level=2))
+
+
 def small() -> OmniMRIConfig:
     """Qwen2.5-0.5B shape: about 1.2 B parameters, one 24 GB GPU."""
     return OmniMRIConfig(
@@ -261,7 +267,7 @@ def seven_b() -> OmniMRIConfig:
     )  # fmt: skip
 
 
-PRESETS = {"tiny": tiny, "small": small, "base": base, "7b": seven_b}
+PRESETS = {"tiny": tiny, "tiny-long": tiny_long, "small": small, "base": base, "7b": seven_b}
 
 
 def preset(name: str) -> OmniMRIConfig:

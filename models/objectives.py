@@ -21,10 +21,12 @@ from omnimri.models.augment import AugmentConfig, augment, local_crop
 from omnimri.models.backbone import balance_loss, router_statistics, router_z_loss
 from omnimri.models.flow_head import copy_loss
 from omnimri.models.image_decoder import Measurement, bridge_state
-from omnimri.models.omnimri import OmniMRI
+from omnimri.models.label_head import LabelHead, label_loss
+from omnimri.models.omnimri import OmniMRI, pyramid_channels
 from omnimri.models.physics import SenseOperator
 from omnimri.models.prompts import IGNORED
 from omnimri.models.ssl_heads import instance_loss, masked_image_loss, neighbour_contrast_loss
+from omnimri.models.vocabulary import DENSE_LABELS
 
 Batch = dict[str, Tensor]
 Losses = dict[str, Tensor]
@@ -41,6 +43,8 @@ class LossWeights:
     local_crops: int = 0
     """Stage 1: crops of half the width and height that instance discrimination sees beside two whole views; each costs
     about an eighth of the step (SwAV, arXiv 2006.09882)."""
+    labels: float = 0.0
+    """Stage 1: labels of patches, in the steps that the source `image.labelled` gets; they have this loss alone."""
     mask_ratio: float = 0.6
     """Stage 1: share of token-sized blocks that are masked."""
     visual: float = 0.5
@@ -59,14 +63,27 @@ _Options = TypeVar("_Options", LossWeights, AugmentConfig)
 
 
 class VisionPretraining(nn.Module):
-    """Stage 1: masked image modelling, neighbouring-patch contrast, instance discrimination."""
+    """Stage 1: masked image modelling, neighbouring-patch contrast, instance discrimination; labels where some are."""
 
     def __init__(self, model: OmniMRI, weights: LossWeights, changes: AugmentConfig | None = None) -> None:
         super().__init__()
         self.model, self.weights, self.changes = model, weights, changes or AugmentConfig()
+        self.label_head = LabelHead(pyramid_channels(model.config), len(DENSE_LABELS)) if weights.labels else None
 
     def forward(self, batch: Batch) -> Losses:
-        """`batch`: `volume` `(B, 1, D, H, W)`, `attributes` `(B, A)`."""
+        """`batch`: `volume` `(B, 1, D, H, W)`, and `attributes` `(B, A)`, or `labels` and `known` of `label_loss`."""
+        return self._label_losses(batch) if "labels" in batch else self._self_supervised_losses(batch)
+
+    def _label_losses(self, batch: Batch) -> Losses:
+        if self.label_head is None:
+            raise ValueError(
+                "The source image.labelled needs LossWeights.labels above 0 (train.vision.objective), found 0."
+            )
+        logits = self.label_head(self.model.vision(augment(batch["volume"], self.changes)))
+        loss = label_loss(logits, batch["labels"], batch["known"])
+        return {"loss": self.weights.labels * loss, "loss_labels": loss}
+
+    def _self_supervised_losses(self, batch: Batch) -> Losses:
         volume, vision, heads = batch["volume"], self.model.vision, self.model.ssl_heads
         shape = tuple(volume.shape[2:])
         grid = vision.token_grid(shape)

@@ -227,7 +227,8 @@ def read_index(folder: Path | str) -> dict[str, Any]:
     return index
 
 
-def _pyramid_channels(config: OmniMRIConfig) -> tuple[int, ...]:
+def pyramid_channels(config: OmniMRIConfig) -> tuple[int, ...]:
+    """Channels of the encoder's maps, finest first."""
     return tuple(config.vision.embed_dim * factor for factor in (1, 2, 4, 8, 8))
 
 
@@ -240,7 +241,7 @@ _BUILDERS = {
     "backbone": lambda c: build_backbone(c.backbone),
     "flow_head": lambda c: FlowHead(c.flow_head, c.vision.token_dim, c.backbone.hidden_size),
     "connector": lambda c: QueryConnector(c.backbone.hidden_size, c.connector.num_layers, c.connector.dim),
-    "image_decoder": lambda c: ImageDecoder(c.image_decoder, c.connector.dim, _pyramid_channels(c)),
+    "image_decoder": lambda c: ImageDecoder(c.image_decoder, c.connector.dim, pyramid_channels(c)),
 }
 
 

@@ -133,13 +133,8 @@ class Preprocess:
     def volume(self, scan: Scan) -> VolumeInput:
         """The scan as one volume for the vision encoder."""
         canonical = to_canonical(self.scale(scan), scan.affine)
-        target = np.array(self.inputs.volume_spacing_mm)
-        extent_mm = np.array(canonical.array.shape) * canonical.spacing_mm
-        spacing = np.maximum(target, extent_mm / np.array(self.inputs.volume_shape))
-        size = np.maximum(1, np.round(extent_mm / spacing)).astype(int)
-        size = np.minimum(size, self.inputs.volume_shape)
-        array = torch.from_numpy(np.ascontiguousarray(canonical.array))[None, None]
-        resized = resize(array, tuple(size.tolist()))[0]
+        resized = self._on_volume_grid(canonical)
+        size = np.array(resized.shape[1:])
         background = float(resized.min())
         padded = pad_or_crop(resized, self.inputs.volume_shape, background)
         scale = np.array(canonical.array.shape) / size
@@ -150,6 +145,25 @@ class Preprocess:
             torch.tensor(-before * scale, dtype=torch.float32),
             torch.tensor(scale, dtype=torch.float32),
         )
+
+    def volume_labels(self, labels: np.ndarray, scan: Scan) -> Tensor:
+        """A binary label map `(Z, Y, X)` of the scan on the grid of its volume, `(D, H, W)` bool.
+
+        A voxel has the label where at least half of it has; where that leaves nothing, its fullest voxel keeps it.
+        """
+        share = self._on_volume_grid(to_canonical(labels.astype(np.float32), scan.affine))
+        most = float(share.max())
+        return pad_or_crop(share >= min(0.5, most) if most else share > 0, self.inputs.volume_shape)[0]
+
+    def _on_volume_grid(self, canonical: Canonical) -> Tensor:
+        """Values at the volume's spacing, `(1, D', H', W')`, before they are padded to its shape."""
+        target = np.array(self.inputs.volume_spacing_mm)
+        extent_mm = np.array(canonical.array.shape) * canonical.spacing_mm
+        spacing = np.maximum(target, extent_mm / np.array(self.inputs.volume_shape))
+        size = np.maximum(1, np.round(extent_mm / spacing)).astype(int)
+        size = np.minimum(size, self.inputs.volume_shape)
+        array = torch.from_numpy(np.ascontiguousarray(canonical.array))[None, None]
+        return resize(array, tuple(size.tolist()))[0]
 
     def slices(self, scan: Scan) -> SliceInput:
         """The scan as slices across its thickest axis (nnU-Net's anisotropy rule, in its simplest form)."""

@@ -21,6 +21,9 @@ LESION = "lesion"
 STRUCTURES = (*TISSUES, LESION)
 """What segmentation can be asked for by name; `lesion` is the union of all findings."""
 
+DENSE_LABELS = (*STRUCTURES, *FINDINGS)
+"""What stage 1 can be told of each voxel, where a volume has labels."""
+
 CONTRASTS = ("T1w", "T2w", "FLAIR", "PD")
 PLANES = ("axial", "coronal", "sagittal")
 SIDES = ("left", "right", "midline")

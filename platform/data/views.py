@@ -29,7 +29,7 @@ from omnimri.models.physics import (
 from omnimri.models.preprocess import Preprocess, scale_kspace
 from omnimri.models.resample import pad_or_crop
 from omnimri.models.scan import Scan
-from omnimri.models.vocabulary import CONTRASTS, LESION, PLANES
+from omnimri.models.vocabulary import CONTRASTS, DENSE_LABELS, LESION, PLANES
 from omnimri.platform.data.shards import RowRef, row_to_scan
 from omnimri.platform.language.evidence import Evidence
 from omnimri.platform.language.instruct import (
@@ -54,6 +54,8 @@ class ViewOptions:
     preprocess: Preprocess
     slices_per_sample: int = 4
     """Slices that an image sample takes of one volume."""
+    patches_per_sample: int = 4
+    """Patches that a labelled image sample takes of one volume."""
     accelerations: tuple[int, ...] = (4, 4, 8)
     """Drawn from with equal chance; repeat one to weigh it."""
     random_mask_share: float = 0.3
@@ -109,6 +111,47 @@ def slice_sample(row: Row, rng: np.random.Generator, options: ViewOptions) -> Sa
     chosen = _draw(np.ptp(slices.numpy(), axis=(1, 2)) > 0.5, options.slices_per_sample, rng)
     attributes = np.repeat(_attributes(row)[None], len(chosen), axis=0)
     return {"volumes": _to_slice_grid(slices[chosen], options).numpy()[:, None, None], "attributes": attributes}
+
+
+def labelled_sample(row: Row, rng: np.random.Generator, options: ViewOptions) -> Sample:
+    """Patches of one volume, `volumes` `(P, 1, d, h, w)`, and their `labels` `(P, L, d, h, w)`, if `known` `(P, L)`.
+
+    Half of the patches hold a lesion where the volume has one (nnU-Net's oversampling), half are mirrored.
+    """
+    scan = row_to_scan(row)
+    names: dict[int, str] = row["label_names"]
+    volume = options.preprocess.volume(scan).volume[0]
+    masks = [structure_mask(row["label_map"], names, name) for name in DENSE_LABELS]
+    labels = torch.stack([options.preprocess.volume_labels(mask, scan) for mask in masks])
+    known = np.isin(DENSE_LABELS, [*segmentable(names), *map(plain_name, names.values())])
+    shape = _patch_shape(volume.shape)
+    patches = []
+    for index in range(options.patches_per_sample):
+        lesion = labels[DENSE_LABELS.index(LESION)]
+        wanted = lesion if index % 2 == 0 and lesion.any() else volume > volume.min()
+        patch = (slice(None), *_around(wanted, shape, rng))
+        mirrored = [-1] if rng.random() < 0.5 else []
+        patches.append((volume[None][patch].flip(mirrored), labels[patch].flip(mirrored)))
+    return {
+        "volumes": torch.stack([image for image, _ in patches]).numpy(),
+        "labels": torch.stack([label for _, label in patches]).numpy(),
+        "known": np.repeat(known[None], len(patches), axis=0),
+    }
+
+
+def _patch_shape(shape: Sequence[int]) -> list[int]:
+    """A third of the depth and half of the plane, in whole eights, which the encoder's mergings divide."""
+    return [min(size, -(-size // (8 * parts)) * 8) for size, parts in zip(shape, (3, 2, 2), strict=True)]
+
+
+def _around(wanted: torch.Tensor, shape: Sequence[int], rng: np.random.Generator) -> list[slice]:
+    """Where a patch stands that holds a voxel drawn from those `wanted` `(D, H, W)`; in a corner where none is."""
+    places = np.argwhere(wanted.numpy())
+    place = places[rng.integers(len(places))] if len(places) else np.zeros(3, int)
+    starts = [
+        int(np.clip(p - rng.integers(n), 0, size - n)) for p, n, size in zip(place, shape, wanted.shape, strict=True)
+    ]
+    return [slice(start, start + n) for start, n in zip(starts, shape, strict=True)]
 
 
 def paired_sample(row: Row, rng: np.random.Generator, options: ViewOptions) -> Sample:
@@ -379,6 +422,12 @@ _FACTS = (
 SOURCES: dict[str, Source] = {
     "image": Source(kind="image", columns=_FACTS, accepts=_any_row, make=image_sample),
     "image.slices": Source(kind="image", columns=_FACTS, accepts=_any_row, make=slice_sample),
+    "image.labelled": Source(
+        kind="image",
+        columns=(*_FACTS, "label_map", "label_names"),
+        accepts=lambda ref: ref.has_labels,
+        make=labelled_sample,
+    ),
     "paired": Source(
         kind="paired",
         columns=(*_FACTS, "description", "report"),

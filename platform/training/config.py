@@ -43,7 +43,7 @@ class TrainConfig:
     rows_per_step: dict[str, int]
     """Samples per forward pass of each source, summed over all workers."""
     weights: dict[str, float] = field(default_factory=lambda: dict(DEFAULT_WEIGHTS))
-    """Weight of each source among those of its kind; 0 leaves it out."""
+    """Weight of each source among those of its kind; one that is 0, or not named, is left out."""
     ratio: dict[str, float] | None = None
     """Share of the forward passes by kind of data; None keeps the stage's (Table 2 of the paper)."""
     also_trains: tuple[str, ...] = ()
@@ -258,7 +258,7 @@ _OPERATIONAL = {
 }  # fmt: skip
 """Fields of `TrainConfig` that may change between a start and a resume."""
 
-_WITHOUT = (("ema_decay", None), ("lora_rank", None), ("also_trains", []))
+_WITHOUT: tuple[tuple[str, Any], ...] = (("ema_decay", None), ("lora_rank", None), ("also_trains", []))
 """Fields that say nothing where they are not used: settings from before there was such a field compare equal."""
 
 

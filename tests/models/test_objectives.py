@@ -3,17 +3,20 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from omnimri.models.backbone import balance_loss, router_statistics
 from omnimri.models.collate import collate
 from omnimri.models.config import preset
 from omnimri.models.engine import sequence_builder
 from omnimri.models.flow_head import FlowHead, copy_loss
+from omnimri.models.label_head import label_loss
 from omnimri.models.objectives import build_objective
 from omnimri.models.omnimri import OmniMRI
 from omnimri.models.prompts import IGNORED, SequenceBuilder
 from omnimri.models.ssl_heads import instance_loss, masked_image_loss, neighbour_contrast_loss
 from omnimri.models.tokenizer import train_tokenizer
+from omnimri.models.vocabulary import DENSE_LABELS
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +91,38 @@ def test_vision_stage_teaches_the_encoder_and_its_heads_only(model: OmniMRI, bui
     samples = [{"volume": volume_fields(i)["volume"], "attributes": np.array([i, 0, 0])} for i in range(2)]
     build_objective("vision", model)(collate(samples, builder))["loss"].backward()
     assert gradients(model) == {"vision", "ssl_heads"}
+
+
+def labelled_samples() -> list[dict]:
+    rng = np.random.default_rng(3)
+    shape = (2, len(DENSE_LABELS), 8, 32, 24)
+    return [
+        {"volumes": rng.normal(size=(2, 1, *shape[2:])).astype(np.float32), "labels": rng.random(shape) < 0.01,
+         "known": np.ones(shape[:2], bool)}
+        for _ in range(2)
+    ]  # fmt: skip
+
+
+def test_labels_teach_the_encoder_at_every_level(model: OmniMRI, builder: SequenceBuilder) -> None:
+    model.vision.requires_grad_(True)
+    objective = build_objective("vision", model, {"labels": 1.0})
+    objective(collate(labelled_samples(), builder))["loss"].backward()
+    assert all(level.weight.grad.abs().sum() > 0 for level in objective.label_head.levels)
+    assert gradients(model) == {"vision"}
+    with pytest.raises(ValueError, match=r"LossWeights\.labels above 0"):
+        build_objective("vision", model)(collate(labelled_samples(), builder))
+
+
+def test_labels_that_are_not_known_do_not_count() -> None:
+    """The loss is blind to them, falls to nothing with the answer, and each known label weighs the same."""
+    labels = torch.rand(2, 3, 4, 8, 8) < 0.1
+    known = torch.tensor([[True, True, False], [True, False, True]])
+    strides = [(1, 2, 2), (2, 4, 4), (4, 8, 8), (4, 8, 8), (4, 8, 8)]
+    answer = [20.0 * (2 * F.max_pool3d(labels.float(), s, ceil_mode=True) - 1) for s in strides]
+    assert label_loss(answer, labels, known) < 1e-6
+    other = torch.where(known[..., None, None, None], labels, ~labels)
+    assert label_loss(answer, other, known) < 1e-6
+    assert label_loss(answer, ~labels, known) > 1
 
 
 @pytest.mark.parametrize("frozen", [True, False])

@@ -53,7 +53,7 @@ def test_every_recipe_is_a_whole_run(name: str, tmp_path: Path) -> None:
     run = recipe(name, "x", [tmp_path / "shards"], tmp_path)
     assert run.model.preset == name
     assert Path(run.data[0]).is_absolute()
-    with pytest.raises(ValueError, match="known: tiny, small, base, 7b"):
+    with pytest.raises(ValueError, match="known: tiny, tiny-long, small, base, 7b"):
         recipe("huge", "x", [tmp_path], tmp_path)
 
 

@@ -9,9 +9,15 @@ import torch
 from omnimri.models.config import InputConfig
 from omnimri.models.physics import estimate_sens_maps
 from omnimri.models.preprocess import Preprocess
-from omnimri.models.vocabulary import LESION, TISSUES
+from omnimri.models.vocabulary import DENSE_LABELS, FINDINGS, LESION, TISSUES
 from omnimri.platform.data.shards import Shards, load_row
-from omnimri.platform.data.views import ViewOptions, reconstruction_sample, segmentation_sample, structure_mask
+from omnimri.platform.data.views import (
+    ViewOptions,
+    labelled_sample,
+    reconstruction_sample,
+    segmentation_sample,
+    structure_mask,
+)
 from omnimri.platform.evaluation.image_cases import reference_masks
 from tests.platform.shards_fakes import write_shards
 
@@ -75,6 +81,25 @@ def test_boxes_without_outline_are_no_reference_for_segmentation() -> None:
     row = {"label_map": labels, "label_names": {1: "white matter"}}
     assert set(reference_masks({**row, "boxes": [{"label": "lesion"}]})) == {"white matter"}
     assert not reference_masks({**row, "boxes": []})[LESION].any()
+
+
+def test_patches_carry_the_labels_of_their_voxels_mirrored_with_them(rows: list[dict]) -> None:
+    """White matter is one value of a made-up image: where the patch shows it, the patch's label says so."""
+    ill = next(row for row in rows if structure_mask(row["label_map"], row["label_names"], LESION).any())
+    white = structure_mask(ill["label_map"], ill["label_names"], "white matter")
+    sample = labelled_sample({**ill, "image": np.where(white, 3.0, 1.0)}, np.random.default_rng(0), options(1))
+    shown, labels = sample["volumes"][:, 0], sample["labels"]
+    assert labels.shape == (4, len(DENSE_LABELS), 8, 16, 16)
+    np.testing.assert_array_equal(shown > 0, labels[:, DENSE_LABELS.index("white matter")])
+    lesion = labels[:, DENSE_LABELS.index(LESION)]
+    assert lesion[::2].any(axis=(1, 2, 3)).all()
+    np.testing.assert_array_equal(lesion, labels[:, [DENSE_LABELS.index(f) for f in FINDINGS]].any(1))
+
+
+def test_labels_that_nobody_drew_are_not_known(rows: list[dict]) -> None:
+    lesions_only = {**rows[0], "label_names": {1: "haemorrhage"}}
+    known = labelled_sample(lesions_only, np.random.default_rng(0), options(1))["known"]
+    assert {DENSE_LABELS[i] for i in np.flatnonzero(known[0])} == {LESION, "haemorrhage"}
 
 
 @pytest.mark.parametrize("method", ["acs", "espirit"])
