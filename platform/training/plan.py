@@ -154,7 +154,7 @@ def activations(config: OmniMRIConfig, plan: PlanConfig) -> dict[str, float]:
         found["logits"] = plan.micro_batch * plan.text_tokens * c.vocab_size * (BFLOAT16 + 2 * FLOAT32)
     if plan.stage == "instruct":
         # Two blocks of two convolutions at each level, one of them twice as wide; input, normed and output of each.
-        maps = [14 * channels * places for channels, places, _ in _trunk_levels(config)]
+        maps = [14 * channels * places for channels, places, _ in trunk_levels(config)]
         found["image decoder"] = plan.micro_batch * FLOAT32 * (max(maps) if plan.checkpointing else sum(maps))
     if plan.stage == "vision":
         inputs = sum(width * places * depth for width, places, depth in _swin_levels(config))
@@ -171,7 +171,7 @@ def _swin_levels(config: OmniMRIConfig) -> list[tuple[int, float, int]]:
     return [(c.embed_dim * 2**level, places / 8**level, depth) for level, depth in enumerate(c.depths)]
 
 
-def _trunk_levels(config: OmniMRIConfig) -> list[tuple[int, float, int]]:
+def trunk_levels(config: OmniMRIConfig) -> list[tuple[int, float, int]]:
     """Channels, places and voxels of a kernel at each level of the image decoder's larger trunk."""
     c = config.image_decoder
     if c.segment_dims == 2:
@@ -198,7 +198,7 @@ def step_flops(config: OmniMRIConfig, counts: Counts, plan: PlanConfig) -> float
     attention = 4 * c.num_layers * c.hidden_size * tokens / 2  # per token, causal
     total = swin + passes * tokens * (2 * (counts.active - lookup) + attention)
     if plan.stage == "instruct":
-        levels = _trunk_levels(config)
+        levels = trunk_levels(config)
         total += passes * sum(2 * 5 * taps * channels**2 * places for channels, places, taps in levels)
     return total
 
