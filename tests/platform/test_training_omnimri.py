@@ -104,18 +104,17 @@ def test_fine_tokens_pass_every_stage_and_the_encoder_learns_where_it_is_asked_t
 def test_a_decoder_of_volumes_learns_from_patches_and_answers_scans(
     data: Path, four_stages: list[StageResult], tmp_path: Path
 ) -> None:
-    """From the third stage of a run with slices: its segmentation starts afresh, its reconstruction goes on."""
+    """From the third stage of a run with slices, whose reconstruction goes on."""
     run = smallest_run(data, tmp_path)
     decoder = replace(SMALLEST.image_decoder, segment_dims=3, patch_shape=(4, 24, 24))
-    stage = replace(run.train.instruct, steps=8, weights={"instruct.segment": 1.0, "instruct.reconstruct": 1.0})
-    run = replace(
-        run,
-        model=replace(SMALLEST, image_decoder=decoder),
-        train=replace(run.train, instruct=stage),
-        view={"patches_per_sample": 3},
-    )
+    model = replace(SMALLEST, image_decoder=decoder)
+    stage = replace(run.train.instruct, weights={"instruct.segment": 1.0})
+    run = replace(run, model=model, train=replace(run.train, instruct=stage), view={"patches_per_sample": 3})
+    slices, volumes = (OmniMRI.load(four_stages[2].model_folder, config=c).image_decoder for c in (SMALLEST, model))
+    for name, value in slices.reconstruct_trunk.state_dict().items():
+        assert torch.equal(volumes.reconstruct_trunk.state_dict()[name], value)
     result = run_stage("instruct", run, init=Path(four_stages[2].model_folder))
-    assert {"loss_segment", "loss_reconstruct"} <= set(result.losses)
+    assert "loss_segment" in result.losses
     engine = Engine.load(result.model_folder)
     assert engine.model.image_decoder.config == decoder
     row = load_row(Shards.open([str(data)]).rows[0])
