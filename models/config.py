@@ -93,7 +93,7 @@ class ConnectorConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageDecoderConfig:
-    """Conditional U-Nets with bridges for reconstruction and segmentation, of one shape."""
+    """Conditional U-Nets with bridges: reconstruction slice by slice, segmentation in two or three dimensions."""
 
     channels: tuple[int, ...]
     """Channels per level; the first works at the image's resolution."""
@@ -101,6 +101,16 @@ class ImageDecoderConfig:
     """Of the cross-attention to the prompt at the coarsest level."""
     mask_channels: int = 8
     """Feature maps that the masks of several prompts about one slice share."""
+    segment_dims: Literal[2, 3] = 2
+    """2 segments slice by slice; 3 segments volumes, in windows that slide over them."""
+    patch_shape: tuple[int, int, int] | None = None
+    """Of a window, and of a patch in training: slices as they are, and pixels at the slice spacing; None takes 8 whole
+    slices (`OmniMRIConfig.patch_shape`)."""
+    patch_overlap: float = 0.5
+    """Share of a window that the next one covers too."""
+    flat_levels: int = 1
+    """Finest levels whose convolutions and poolings stay in plane, since slices are thicker than pixels are wide:
+    nnU-Net's rule is as many as it takes until they are less than twice as thick."""
     recon_noise: float = 0.05
     """Standard deviation s of the reconstruction bridge, in units of the slice's maximum."""
     segment_noise: float = 0.5
@@ -109,6 +119,19 @@ class ImageDecoderConfig:
     """Regularisation of conjugate-gradient data consistency; larger trusts the network more."""
     consistency_steps: int = 4
     """Conjugate-gradient iterations inside each sampling step."""
+
+    def __post_init__(self) -> None:
+        if self.segment_dims not in (2, 3):
+            raise ValueError(f"ImageDecoderConfig.segment_dims must be 2 or 3, found {self.segment_dims}.")
+        if self.patch_shape is not None and (len(self.patch_shape) != 3 or min(self.patch_shape) < 1):
+            raise ValueError(f"ImageDecoderConfig.patch_shape must be three sizes `z y x`, found {self.patch_shape}.")
+        if not 0 <= self.patch_overlap < 1:
+            raise ValueError(f"ImageDecoderConfig.patch_overlap must lie in [0, 1), found {self.patch_overlap}.")
+        if self.segment_dims == 3 and not 1 <= self.flat_levels < len(self.channels):
+            raise ValueError(
+                f"ImageDecoderConfig.flat_levels must be 1 to {len(self.channels) - 1} (levels of `channels` but the "
+                f"coarsest), found {self.flat_levels}."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +184,11 @@ class OmniMRIConfig:
     inputs: InputConfig
     embedding_dim: int = field(default=128)
     """Width of the joint image-text space of stage 2."""
+
+    @property
+    def patch_shape(self) -> tuple[int, int, int]:
+        """Voxels `z y x` that the image decoder sees at once where it segments volumes."""
+        return self.image_decoder.patch_shape or (8, *self.inputs.slice_shape)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> OmniMRIConfig:

@@ -37,7 +37,7 @@ from omnimri.models.detection import Detection, read_detection
 from omnimri.models.grammars import detection_grammar
 from omnimri.models.image_decoder import Measurement
 from omnimri.models.metrics import box_iou
-from omnimri.models.objectives import slice_pyramid
+from omnimri.models.objectives import patch_pyramid, slice_pyramid
 from omnimri.models.omnimri import OmniMRI, read_index
 from omnimri.models.physics import SenseOperator, estimate_sens_maps, relative_residual, simulated_acquisition
 from omnimri.models.preprocess import Preprocess, read_preprocess, scale_kspace
@@ -359,18 +359,28 @@ class Engine:
             raise ValueError("segment: expected a prompt for each structure, found none.")
         source = self.preprocess.slices(scan)
         queries = torch.stack([_queries_of(prompt, "segment") for prompt in prompts.values()])
+        probabilities = {
+            name: self.preprocess.to_native(mask, source).astype(np.float32)
+            for name, mask in zip(prompts, self._masks(source.slices, queries, num_steps), strict=True)
+        }
+        return Segmentation(masks={name: p >= 0.5 for name, p in probabilities.items()}, probabilities=probabilities)
+
+    def _masks(self, stack: Tensor, queries: Tensor, num_steps: int) -> Tensor:
+        """Probabilities `(N, D, H, W)` on a stack of slices `(D, H, W)`, for `queries` `(N, K, P)`."""
+        decoder = self.model.image_decoder
+        if decoder.config.segment_dims == 3:
+            return decoder.segment_volume(
+                stack, queries, partial(patch_pyramid, self.model),
+                patch_shape=self.model.config.patch_shape, num_steps=num_steps,
+            )  # fmt: skip
         parts = [
-            self.model.image_decoder.segment(
+            decoder.segment(
                 slices, queries.expand(len(slices), *queries.shape), slice_pyramid(self.model, slices),
                 num_steps=num_steps,
             )
-            for slices in source.slices.split(SLICES_PER_PASS)
+            for slices in stack.split(SLICES_PER_PASS)
         ]  # fmt: skip
-        probabilities = {
-            name: self.preprocess.to_native(mask, source).astype(np.float32)
-            for name, mask in zip(prompts, torch.cat(parts).unbind(1), strict=True)
-        }
-        return Segmentation(masks={name: p >= 0.5 for name, p in probabilities.items()}, probabilities=probabilities)
+        return torch.cat(parts).transpose(0, 1)
 
 
 def sequence_builder(config: OmniMRIConfig, tokenizer: PreTrainedTokenizerBase) -> SequenceBuilder:

@@ -8,20 +8,27 @@ pyramid, since fine detail would not survive the backbone.
 Each bridge has its own trunk: what removes aliasing and what tells tissues apart share little, and one trunk for both
 learned reconstruction more slowly.
 
-Several prompts about one slice share one pass: each writes its mask into, and reads its logit from, the trunk's
+Reconstruction goes slice by slice: that is how most data are acquired, and a volume that was encoded in two phase
+directions comes apart into slices by a Fourier transform along its readout. Segmentation goes slice by slice or, with
+`segment_dims=3`, by volume: its trunk then takes patches of some slices, and `segment_volume` slides it over a volume.
+
+Several prompts about one image share one pass: each writes its mask into, and reads its logit from, the trunk's
 feature maps through a vector of its own (as MaskFormer, arXiv 2107.06278, reads its masks).
 """
 
-# B slices, H W in-plane voxels, C coils, M mask channels, N prompts, K query states, P condition width
+# B slices or patches, D slices of a patch, H W in-plane voxels, C coils, M mask channels, N prompts, K query states,
+# P condition width, S voxels of a slice or patch
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from einops import rearrange
+from monai.inferers import sliding_window_inference
 from torch import Tensor, nn
 
 from omnimri.models.config import ImageDecoderConfig
@@ -58,7 +65,21 @@ class Measurement:
 class ImageDecoder(nn.Module):
     """Two bridges, each with its trunk, behind one condition."""
 
-    def __init__(self, config: ImageDecoderConfig, condition_dim: int, pyramid_channels: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        config: ImageDecoderConfig,
+        condition_dim: int,
+        pyramid_channels: tuple[int, ...],
+        pyramid_depths: tuple[int, ...] = (1, 2, 4, 8, 8),
+    ) -> None:
+        """Build both trunks.
+
+        Args:
+            config: Of this part.
+            condition_dim: Width of a query state.
+            pyramid_channels: Of the Swin maps.
+            pyramid_depths: Slices that a voxel of each of them covers.
+        """
         super().__init__()
         self.config = config
         trunk = partial(
@@ -71,6 +92,12 @@ class ImageDecoder(nn.Module):
         self.reconstruct_trunk = trunk(2 * _COMPLEX, _COMPLEX)
         nn.init.zeros_(self.reconstruct_trunk.last.weight)  # starts where the data are
         nn.init.zeros_(self.reconstruct_trunk.last.bias)
+        if config.segment_dims == 3:
+            # The last two maps have one stride, and the trunk's levels have none in common.
+            trunk = partial(
+                trunk, spatial_dims=3, flat_levels=config.flat_levels,
+                pyramid_channels=pyramid_channels[:-1], pyramid_depths=pyramid_depths[:-1],
+            )  # fmt: skip
         self.segment_trunk = trunk(config.mask_channels + 1, config.mask_channels)
         self.prompt = nn.Sequential(nn.LayerNorm(condition_dim), nn.Linear(condition_dim, 2 * config.mask_channels + 1))
 
@@ -92,20 +119,21 @@ class ImageDecoder(nn.Module):
     def predict_mask(
         self, state: Tensor, image: Tensor, time: Tensor, condition: Tensor, pyramid: list[Tensor]
     ) -> Tensor:
-        """Mask logits `(B, N, H, W)` of N prompts.
+        """Mask logits `(B, N, [D,] H, W)` of N prompts.
 
         Args:
-            state: `(B, N, H, W)`.
-            image: `(B, H, W)`.
+            state: `(B, N, [D,] H, W)`.
+            image: `(B, [D,] H, W)`: slices, or patches for a decoder of three dimensions.
             time: `(B,)`.
             condition: `(B, N, K, P)`.
             pyramid: As in `forward`.
         """
         write, read, offset = self.prompt(condition.mean(2)).split([self.config.mask_channels] * 2 + [1], dim=-1)
-        written = torch.einsum("bnhw,bnm->bmhw", state, write)
+        written = torch.einsum("bns,bnm->bms", state.flatten(2), write).unflatten(2, image.shape[1:])
         shown = torch.cat([written, image[:, None]], dim=1)
         features = self.segment_trunk(shown, time, condition.flatten(1, 2), pyramid)
-        return torch.einsum("bmhw,bnm->bnhw", features.float(), read.float()) + offset[..., None].float()
+        logit = torch.einsum("bms,bnm->bns", features.flatten(2).float(), read.float()) + offset.float()
+        return logit.unflatten(2, image.shape[1:])
 
     @torch.no_grad()
     def reconstruct(
@@ -126,13 +154,42 @@ class ImageDecoder(nn.Module):
         self, image: Tensor, condition: Tensor, pyramid: list[Tensor],
         *, num_steps: int,
     ) -> Tensor:  # fmt: skip
-        """Walk the bridge from neutral masks; probabilities `(B, N, H, W)` for `condition` `(B, N, K, P)`."""
+        """Walk the bridge from neutral masks; probabilities `(B, N, [D,] H, W)` for `condition` `(B, N, K, P)`."""
         state = image.new_zeros(image.shape[0], condition.shape[1], *image.shape[1:])
         for scheduler, time in _steps(num_steps):
             logit = self.predict_mask(state, image, image.new_full((image.shape[0],), time), condition, pyramid)
             clean = torch.tanh(logit / 2)
             state = _scheduled_step(scheduler, state, clean, time)
         return (state + 1) / 2
+
+    @torch.no_grad()
+    def segment_volume(
+        self, volume: Tensor, condition: Tensor, pyramid_of: Callable[[Tensor], list[Tensor]],
+        *, patch_shape: tuple[int, int, int], num_steps: int,
+    ) -> Tensor:  # fmt: skip
+        """Slide a window over a volume, walk the whole bridge in each, and blend what they find by Gaussian weights.
+
+        What is smaller than the window is centred in its darkest value, as in training.
+
+        Args:
+            volume: `(D, H, W)`, of any size.
+            condition: `(N, K, P)`.
+            pyramid_of: Swin maps of patches `(B, D, H, W)`.
+            patch_shape: Of the window.
+            num_steps: Of the bridge.
+
+        Returns:
+            Probabilities `(N, D, H, W)`.
+        """
+
+        def predict(patches: Tensor) -> Tensor:
+            seen = patches[:, 0]
+            return self.segment(seen, condition.expand(len(seen), -1, -1, -1), pyramid_of(seen), num_steps=num_steps)
+
+        return sliding_window_inference(
+            volume[None, None], patch_shape, 1, predict,
+            overlap=self.config.patch_overlap, mode="gaussian", cval=float(volume.min()),
+        )[0]  # fmt: skip
 
 
 def bridge_state(clean: Tensor, start: Tensor, time: Tensor, noise: float) -> Tensor:

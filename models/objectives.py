@@ -200,7 +200,8 @@ class InstructionTuning(nn.Module):
         """`batch`: the fields of stage 3, and for image answers those of S slices per volume, flattened.
 
         They are `kspace`, `mask`, `sens_maps`, `target`, or `slices` and `slice_target` `(B S, N, H, W)`, the masks
-        of N prompts; the sequences are then N per volume.
+        of N prompts; the sequences are then N per volume. A decoder of three dimensions takes patches
+        `(B S, D, H, W)` in the place of slices.
         """
         hidden, losses = self._run(batch)
         losses["loss"] = losses["loss_text"] + _router_terms(losses, self.weights)
@@ -228,7 +229,7 @@ class InstructionTuning(nn.Module):
             )
             truth = batch["slice_target"].float()
             answered = [column for pair in zip(answer.unbind(1), truth.unbind(1), strict=True) for column in pair]
-            return {"segment": _tiles(batch["slices"], *answered)}
+            return {"segment": _tiles(*(_middle(column) for column in (batch["slices"], *answered)))}
         return {}
 
     def _run(self, batch: Batch) -> tuple[Tensor, Losses]:
@@ -269,8 +270,8 @@ class InstructionTuning(nn.Module):
         probability = logit.sigmoid()
         # Dice per volume and structure, so that a structure that one volume lacks does not weigh on the others.
         volumes = len(batch["volume"])
-        overlap = (probability * target).unflatten(0, (volumes, -1)).sum(dim=(1, 3, 4))
-        size = (probability + target).unflatten(0, (volumes, -1)).sum(dim=(1, 3, 4))
+        overlap = (probability * target).flatten(2).unflatten(0, (volumes, -1)).sum(dim=(1, 3))
+        size = (probability + target).flatten(2).unflatten(0, (volumes, -1)).sum(dim=(1, 3))
         dice = ((2 * overlap + 1) / (size + 1)).mean()
         cross_entropy = F.binary_cross_entropy_with_logits(logit, target)
         return {"loss_segment": cross_entropy + 1 - dice, "soft_dice": dice}
@@ -281,13 +282,18 @@ class InstructionTuning(nn.Module):
         return torch.where(inside, torch.rand(count, device=device).clamp_min(0.02), 1.0)
 
     def _pyramid(self, slices: Tensor) -> list[Tensor]:
-        """Swin maps of slices `(B, H, W)` as volumes of depth one; the encoder is frozen."""
-        return slice_pyramid(self.model, slices)
+        """Swin maps of slices `(B, H, W)` as volumes of depth one, or of patches `(B, D, H, W)`."""
+        return slice_pyramid(self.model, slices) if slices.ndim == 3 else patch_pyramid(self.model, slices)
 
 
 def _repeat(rows: Tensor, count: int) -> Tensor:
     """Each row as often as makes `count` of them, copies side by side."""
     return rows.repeat_interleave(count // len(rows), dim=0)
+
+
+def _middle(images: Tensor) -> Tensor:
+    """Slices `(B, H, W)` as they are, of patches `(B, D, H, W)` the middle one."""
+    return images if images.ndim == 3 else images[:, images.shape[1] // 2]
 
 
 def _tiles(*columns: Tensor, rows: int = 4) -> np.ndarray:
@@ -308,10 +314,15 @@ def slice_pyramid(model: OmniMRI, slices: Tensor) -> list[Tensor]:
     mean = (flat * foreground).sum(1, keepdim=True) / count
     variance = ((flat - mean).square() * foreground).sum(1, keepdim=True) / count
     standard = ((flat - mean) / variance.clamp_min(1e-12).sqrt()).reshape(slices.shape)
+    return [maps[:, :, 0] for maps in patch_pyramid(model, standard[:, None])]
+
+
+def patch_pyramid(model: OmniMRI, patches: Tensor) -> list[Tensor]:
+    """Feature maps `(B, E, D', H', W')` of patches `(B, D, H, W)`, scaled as volumes are; the encoder is frozen."""
     with torch.no_grad():
-        maps = model.vision(standard[:, None, None])
+        maps = model.vision(patches[:, None])
     # Normed over channels as MONAI's SwinUNETR does before its skip connections: the raw maps grow with depth.
-    return [F.layer_norm(m[:, :, 0].movedim(1, -1), m.shape[1:2]).movedim(-1, 1) for m in maps]
+    return [F.layer_norm(m.movedim(1, -1), m.shape[1:2]).movedim(-1, 1) for m in maps]
 
 
 def _run_backbone(model: OmniMRI, batch: Batch, visual: Tensor) -> tuple[Tensor, Losses]:

@@ -232,6 +232,11 @@ def pyramid_channels(config: OmniMRIConfig) -> tuple[int, ...]:
     return tuple(config.vision.embed_dim * factor for factor in (1, 2, 4, 8, 8))
 
 
+def _pyramid_depths(config: OmniMRIConfig) -> tuple[int, ...]:
+    """Slices in a voxel of each map."""
+    return tuple(config.vision.patch_size[0] * factor for factor in (1, 2, 4, 8, 8))
+
+
 _BUILDERS = {
     "vision": lambda c: VisionEncoder(c.vision),
     "ssl_heads": lambda c: SSLHeads(c.vision.token_dim, c.vision.token_stride, c.embedding_dim),
@@ -241,7 +246,7 @@ _BUILDERS = {
     "backbone": lambda c: build_backbone(c.backbone),
     "flow_head": lambda c: FlowHead(c.flow_head, c.vision.token_dim, c.backbone.hidden_size),
     "connector": lambda c: QueryConnector(c.backbone.hidden_size, c.connector.num_layers, c.connector.dim),
-    "image_decoder": lambda c: ImageDecoder(c.image_decoder, c.connector.dim, pyramid_channels(c)),
+    "image_decoder": lambda c: ImageDecoder(c.image_decoder, c.connector.dim, pyramid_channels(c), _pyramid_depths(c)),
 }
 
 

@@ -30,6 +30,7 @@ from omnimri.models.preprocess import Preprocess, scale_kspace
 from omnimri.models.resample import pad_or_crop
 from omnimri.models.scan import Scan
 from omnimri.models.vocabulary import CONTRASTS, DENSE_LABELS, LESION, PLANES
+from omnimri.platform.data.patches import cut_patches, draw_corners
 from omnimri.platform.data.shards import RowRef, row_to_scan
 from omnimri.platform.language.evidence import Evidence
 from omnimri.platform.language.instruct import (
@@ -54,8 +55,11 @@ class ViewOptions:
     preprocess: Preprocess
     slices_per_sample: int = 4
     """Slices that an image sample takes of one volume."""
+    patch_shape: tuple[int, int, int] | None = None
+    """Slices and pixels of the patches that a segmentation sample takes in the place of slices, for an image decoder
+    of three dimensions; None takes slices."""
     patches_per_sample: int = 4
-    """Patches that a labelled image sample takes of one volume."""
+    """Patches that it, or a labelled image sample, takes of one volume."""
     accelerations: tuple[int, ...] = (4, 4, 8)
     """Drawn from with equal chance; repeat one to weigh it."""
     random_mask_share: float = 0.3
@@ -74,6 +78,8 @@ class ViewOptions:
     does not fit the image) instead of a whole task."""
 
     def __post_init__(self) -> None:
+        if self.patches_per_sample < 1:
+            raise ValueError(f"ViewOptions.patches_per_sample must be at least 1, found {self.patches_per_sample}.")
         for name in ("question_share", "random_mask_share", "foreign_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"ViewOptions.{name} must be between 0 and 1, found {getattr(self, name)}.")
@@ -116,42 +122,31 @@ def slice_sample(row: Row, rng: np.random.Generator, options: ViewOptions) -> Sa
 def labelled_sample(row: Row, rng: np.random.Generator, options: ViewOptions) -> Sample:
     """Patches of one volume, `volumes` `(P, 1, d, h, w)`, and their `labels` `(P, L, d, h, w)`, if `known` `(P, L)`.
 
-    Half of the patches hold a lesion where the volume has one (nnU-Net's oversampling), half are mirrored.
+    Half of them lie about a lesion where the volume has one; each may be mirrored.
     """
     scan = row_to_scan(row)
     names: dict[int, str] = row["label_names"]
     volume = options.preprocess.volume(scan).volume[0]
-    masks = [structure_mask(row["label_map"], names, name) for name in DENSE_LABELS]
-    labels = torch.stack([options.preprocess.volume_labels(mask, scan) for mask in masks])
-    known = np.isin(DENSE_LABELS, [*segmentable(names), *map(plain_name, names.values())])
+    masks = {name: structure_mask(row["label_map"], names, name) for name in DENSE_LABELS}
+    labels = {name: options.preprocess.volume_labels(mask, scan) for name, mask in masks.items()}
+    foreground = labels[LESION] if labels[LESION].any() else volume > volume.min()
     shape = _patch_shape(volume.shape)
-    patches = []
-    for index in range(options.patches_per_sample):
-        lesion = labels[DENSE_LABELS.index(LESION)]
-        wanted = lesion if index % 2 == 0 and lesion.any() else volume > volume.min()
-        patch = (slice(None), *_around(wanted, shape, rng))
-        mirrored = [-1] if rng.random() < 0.5 else []
-        patches.append((volume[None][patch].flip(mirrored), labels[patch].flip(mirrored)))
+    corners = draw_corners(foreground.numpy(), shape, options.patches_per_sample, rng)
+    cut = torch.stack([cut_patches(array.float(), corners, shape, 0.0) for array in (volume, *labels.values())], dim=1)
+    mirrored = rng.random(len(cut)) < 0.5
+    cut[mirrored] = cut[mirrored].flip(-1)
+    known = np.isin(DENSE_LABELS, [*segmentable(names), *map(plain_name, names.values())])
     return {
-        "volumes": torch.stack([image for image, _ in patches]).numpy(),
-        "labels": torch.stack([label for _, label in patches]).numpy(),
-        "known": np.repeat(known[None], len(patches), axis=0),
+        "volumes": cut[:, :1].numpy(),
+        "labels": cut[:, 1:].numpy() > 0,
+        "known": np.repeat(known[None], len(cut), axis=0),
     }
 
 
-def _patch_shape(shape: Sequence[int]) -> list[int]:
+def _patch_shape(shape: Sequence[int]) -> tuple[int, int, int]:
     """A third of the depth and half of the plane, in whole eights, which the encoder's mergings divide."""
-    return [min(size, -(-size // (8 * parts)) * 8) for size, parts in zip(shape, (3, 2, 2), strict=True)]
-
-
-def _around(wanted: torch.Tensor, shape: Sequence[int], rng: np.random.Generator) -> list[slice]:
-    """Where a patch stands that holds a voxel drawn from those `wanted` `(D, H, W)`; in a corner where none is."""
-    places = np.argwhere(wanted.numpy())
-    place = places[rng.integers(len(places))] if len(places) else np.zeros(3, int)
-    starts = [
-        int(np.clip(p - rng.integers(n), 0, size - n)) for p, n, size in zip(place, shape, wanted.shape, strict=True)
-    ]
-    return [slice(start, start + n) for start, n in zip(starts, shape, strict=True)]
+    z, y, x = (min(size, -(-size // (8 * parts)) * 8) for size, parts in zip(shape, (3, 2, 2), strict=True))
+    return z, y, x
 
 
 def paired_sample(row: Row, rng: np.random.Generator, options: ViewOptions) -> Sample:
@@ -299,7 +294,8 @@ def reconstruction_arrays(scan: Scan, slices: np.ndarray, sens_maps: str = "acs"
 def segmentation_sample(row: Row, rng: np.random.Generator, options: ViewOptions) -> Sample:
     """Slices of one volume and the masks of several structures, `slice_target` `(S, N, H, W)`.
 
-    Half of the slices show a lesion where the volume has one.
+    Half of the slices show a lesion where the volume has one. With `patch_shape` they are patches: `slices` is
+    `(S, D, H, W)`, `slice_target` `(S, N, D, H, W)`.
     """
     scan = row_to_scan(row)
     names: dict[int, str] = row["label_names"]
@@ -313,21 +309,39 @@ def segmentation_sample(row: Row, rng: np.random.Generator, options: ViewOptions
         return torch.as_tensor(options.preprocess.slice_labels(mask, scan, source.axis))
 
     masks = {name: on_slices(structure_mask(row["label_map"], names, name)) for name in {*structures, LESION}}
-    lesion = masks[LESION].flatten(1).any(1).numpy()
-    anatomy = on_slices(row["label_map"] > 0).flatten(1).any(1).numpy()
-    num_lesion = options.slices_per_sample // 2 if lesion.any() else 0
-    chosen = np.concatenate(
-        [_draw(lesion, num_lesion, rng), _draw(anatomy, options.slices_per_sample - num_lesion, rng)]
-    )
+    anatomy = on_slices(row["label_map"] > 0)
+    cut = _drawn_slices(masks[LESION], anatomy, rng, options) if options.patch_shape is None else _drawn_patches(
+        masks[LESION] if masks[LESION].any() else anatomy, rng, options
+    )  # fmt: skip
     return _volume_fields(row, options) | {
         "task": "segment",
         "instruction": [segment_pair(name, rng).instruction for name in structures],
         "facts": drawn_context(Evidence.of_row(row), rng, is_text=False),
-        "slices": _to_slice_grid(source.slices[chosen], options).numpy(),
-        "slice_target": torch.stack(
-            [_to_slice_grid(masks[name][chosen], options) for name in structures], dim=1
-        ).numpy(),
+        "slices": cut(source.slices).numpy(),
+        "slice_target": torch.stack([cut(masks[name]) for name in structures], dim=1).numpy(),
     }
+
+
+def _drawn_slices(
+    lesion: torch.Tensor, anatomy: torch.Tensor, rng: np.random.Generator, options: ViewOptions
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Takes the drawn slices, half of them with a lesion where there is one, of a stack."""
+    with_lesion, with_anatomy = (mask.flatten(1).any(1).numpy() for mask in (lesion, anatomy))
+    num_lesion = options.slices_per_sample // 2 if with_lesion.any() else 0
+    chosen = np.concatenate(
+        [_draw(with_lesion, num_lesion, rng), _draw(with_anatomy, options.slices_per_sample - num_lesion, rng)]
+    )
+    return lambda stack: _to_slice_grid(stack[chosen], options)
+
+
+def _drawn_patches(
+    foreground: torch.Tensor, rng: np.random.Generator, options: ViewOptions
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Takes the drawn patches, half of them about a place of the foreground, of a stack."""
+    assert options.patch_shape is not None
+    shape = options.patch_shape
+    corners = draw_corners(foreground.numpy(), shape, options.patches_per_sample, rng)
+    return lambda stack: cut_patches(stack, corners, shape, _background(stack))
 
 
 def _drawn_structures(names: Mapping[int, str], count: int, rng: np.random.Generator) -> list[str]:
@@ -351,8 +365,12 @@ def _foreign_structures(body_part: str | None) -> list[str]:
 
 def _to_slice_grid(slices: torch.Tensor, options: ViewOptions) -> torch.Tensor:
     """Slices `(S, H, W)` padded or cropped about their centre, so that rows of any matrix share a batch."""
-    background = False if slices.dtype == torch.bool else float(slices.min())
-    return pad_or_crop(slices, options.preprocess.inputs.slice_shape, background)
+    return pad_or_crop(slices, options.preprocess.inputs.slice_shape, _background(slices))
+
+
+def _background(slices: torch.Tensor) -> float:
+    """The darkest value, or no label."""
+    return False if slices.dtype == torch.bool else float(slices.min())
 
 
 def structure_mask(label_map: np.ndarray, names: Mapping[int, str], structure: str) -> np.ndarray:

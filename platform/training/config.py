@@ -240,7 +240,7 @@ class RunConfig:
     def stage_settings(self, stage: str) -> dict[str, Any]:
         """Everything that decides what a stage computes, and nothing of where it runs."""
         return {
-            "model": _plain(asdict(self.model)),
+            "model": _model_settings(self.model),
             "train": {
                 name: value
                 for name, value in _plain(asdict(self.stage(stage))).items()
@@ -260,6 +260,18 @@ _OPERATIONAL = {
 
 _WITHOUT: tuple[tuple[str, Any], ...] = (("ema_decay", None), ("lora_rank", None), ("also_trains", []))
 """Fields that say nothing where they are not used: settings from before there was such a field compare equal."""
+
+
+_OF_VOLUMES = ("segment_dims", "patch_shape", "patch_overlap", "flat_levels")
+"""Fields of `ImageDecoderConfig` that say nothing of a decoder of two dimensions, as all once were."""
+
+
+def _model_settings(model: OmniMRIConfig) -> dict[str, Any]:
+    settings = _plain(asdict(model))
+    if model.image_decoder.segment_dims == 2:
+        for name in _OF_VOLUMES:
+            del settings["image_decoder"][name]
+    return settings
 
 
 def expand_overrides(assignments: Sequence[str], stages: Sequence[str]) -> list[str]:

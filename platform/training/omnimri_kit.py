@@ -120,10 +120,11 @@ class OmniMRIKit:
         return SourceRows(rows=rows, load=_Load(SOURCES[source].columns), make=_Make(source, options))
 
     def _view_options(self, config: OmniMRIConfig) -> ViewOptions:
-        known = [field.name for field in fields(ViewOptions) if field.name != "preprocess"]
+        known = [field.name for field in fields(ViewOptions) if field.name not in ("preprocess", "patch_shape")]
         if unknown := sorted(set(self.view) - set(known)):
             raise ValueError(f"view: unknown fields {', '.join(unknown)}; known: {', '.join(known)}.")
-        return ViewOptions(preprocess=Preprocess(config.inputs), **self.view)
+        patch_shape = config.patch_shape if config.image_decoder.segment_dims == 3 else None
+        return ViewOptions(preprocess=Preprocess(config.inputs), patch_shape=patch_shape, **self.view)
 
     def _rows(self, data: Sequence[str]) -> Shards:
         return self._admitted(Shards.open(data))

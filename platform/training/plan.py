@@ -46,6 +46,8 @@ class PlanConfig:
     """Activations are computed again in the backward pass."""
     reserve: float = 0.1
     """Share of the memory left for the allocator, the libraries and the buckets of communication."""
+    segment_dims: Literal[2, 3] = 2
+    """Of the image decoder that segments (`ImageDecoderConfig.segment_dims`)."""
     peak_tflops: float = 312.0
     """Dense bfloat16 products of one GPU: 312 of an A100, 989 of an H100."""
     utilisation: float = 0.35
@@ -151,11 +153,8 @@ def activations(config: OmniMRIConfig, plan: PlanConfig) -> dict[str, float]:
         # Logits in bfloat16, in float32 and their gradient, of the text alone.
         found["logits"] = plan.micro_batch * plan.text_tokens * c.vocab_size * (BFLOAT16 + 2 * FLOAT32)
     if plan.stage == "instruct":
-        height, width = config.inputs.slice_shape
         # Two blocks of two convolutions at each level, one of them twice as wide; input, normed and output of each.
-        maps = [
-            14 * channels * height * width / 4**level for level, channels in enumerate(config.image_decoder.channels)
-        ]
+        maps = [14 * channels * places for channels, places, _ in trunk_levels(config)]
         found["image decoder"] = plan.micro_batch * FLOAT32 * (max(maps) if plan.checkpointing else sum(maps))
     if plan.stage == "vision":
         inputs = sum(width * places * depth for width, places, depth in _swin_levels(config))
@@ -172,6 +171,19 @@ def _swin_levels(config: OmniMRIConfig) -> list[tuple[int, float, int]]:
     return [(c.embed_dim * 2**level, places / 8**level, depth) for level, depth in enumerate(c.depths)]
 
 
+def trunk_levels(config: OmniMRIConfig) -> list[tuple[int, float, int]]:
+    """Channels, places and voxels of a kernel at each level of the image decoder's larger trunk."""
+    c = config.image_decoder
+    if c.segment_dims == 2:
+        places = math.prod(config.inputs.slice_shape)
+        return [(channels, places / 4**level, 9) for level, channels in enumerate(c.channels)]
+    places = math.prod(config.patch_shape)
+    return [
+        (channels, places / 4**level / 2 ** max(0, level - c.flat_levels), 9 if level < c.flat_levels else 27)
+        for level, channels in enumerate(c.channels)
+    ]
+
+
 def step_flops(config: OmniMRIConfig, counts: Counts, plan: PlanConfig) -> float:
     """Floating-point operations of one sequence in training: two per weight and product, backward twice forward."""
     c, tokens = config.backbone, sequence_tokens(config, plan)
@@ -186,9 +198,8 @@ def step_flops(config: OmniMRIConfig, counts: Counts, plan: PlanConfig) -> float
     attention = 4 * c.num_layers * c.hidden_size * tokens / 2  # per token, causal
     total = swin + passes * tokens * (2 * (counts.active - lookup) + attention)
     if plan.stage == "instruct":
-        height, width = config.inputs.slice_shape
-        levels = enumerate(config.image_decoder.channels)
-        total += passes * sum(2 * 5 * 9 * channels**2 * height * width / 4**level for level, channels in levels)
+        levels = trunk_levels(config)
+        total += passes * sum(2 * 5 * taps * channels**2 * places for channels, places, taps in levels)
     return total
 
 
@@ -236,6 +247,7 @@ def make_plan(preset_name: str, settings: PlanConfig) -> Plan:
         ValueError: If there is no such preset.
     """
     config = preset(preset_name)
+    config = replace(config, image_decoder=replace(config.image_decoder, segment_dims=settings.segment_dims))
     return Plan(config, settings, count(config))
 
 

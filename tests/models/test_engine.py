@@ -207,6 +207,61 @@ def test_masks_come_back_on_the_native_grid(engine: Engine, scan: Scan) -> None:
     assert all(mask.shape == scan.image.shape and mask.dtype == bool for mask in result.masks.values())
 
 
+def test_volumes_are_segmented_through_the_same_door(
+    checkpoint: Path, engine: Engine, rng: torch.Generator, tmp_path: Path
+) -> None:
+    """A decoder of three dimensions, saved and loaded: sagittal slices across the thickest axis, larger than a window
+    there and smaller in plane, masks on the native grid."""
+    config = preset("tiny")
+    decoder = replace(config.image_decoder, segment_dims=3, patch_shape=(4, 48, 48))
+    model = OmniMRI.load(checkpoint, config=replace(config, image_decoder=decoder))
+    model.save(tmp_path / "model", engine.tokenizer, version="test-3d", run={})
+    image = Engine.load(tmp_path / "model", parts=("image",))
+    assert image.model.config.image_decoder == decoder
+    affine = np.array([[0.0, 0.0, 5.0, 3.0], [2.5, 0.0, 0.0, 4.0], [0.0, -2.5, 0.0, 5.0], [0.0, 0.0, 0.0, 1.0]])
+    scan = Scan(image=torch.rand(9, 40, 30, generator=rng).numpy(), affine=affine, facts={"contrast": "T2w"})
+    prompts = {name: engine.encode(scan, f"Segment the {name}.", "segment") for name in ("grey matter", "lesion")}
+    result = image.segment(scan, prompts, num_steps=2)
+    assert set(result.masks) == set(prompts)
+    for name, mask in result.masks.items():
+        assert mask.shape == scan.image.shape
+        np.testing.assert_array_equal(mask, result.probabilities[name] >= 0.5)
+    np.testing.assert_array_equal(
+        image.segment(scan, prompts, num_steps=2).probabilities["lesion"], result.probabilities["lesion"]
+    )
+    # The same anatomy stored along other axes is the same volume to the model.
+    turned = replace(scan, image=np.ascontiguousarray(scan.image[::-1]), affine=affine @ _flipped(len(scan.image)))
+    again = image.segment(turned, prompts, num_steps=2).probabilities["lesion"]
+    np.testing.assert_allclose(again[::-1], result.probabilities["lesion"], atol=1e-6)
+
+
+def _flipped(num_slices: int) -> np.ndarray:
+    """Voxels `(x, y, z)` of a volume whose slices were turned round, to those before."""
+    matrix = np.diag([1.0, 1.0, -1.0, 1.0])
+    matrix[2, 3] = num_slices - 1
+    return matrix
+
+
+def test_a_checkpoint_from_before_volumes_gives_the_same_masks(
+    checkpoint: Path, engine: Engine, scan: Scan, tmp_path: Path
+) -> None:
+    """Its configuration has no field for them."""
+    old = Path(shutil.copytree(checkpoint, tmp_path / "old"))
+    for path, keys in ((old / INDEX_FILE, ("config", "image_decoder")), (old / "image_decoder" / "config.json", ())):
+        settings = json.loads(path.read_text())
+        decoder = settings
+        for key in keys:
+            decoder = decoder[key]
+        for name in ("segment_dims", "patch_shape", "patch_overlap", "flat_levels"):
+            del decoder[name]
+        path.write_text(json.dumps(settings))
+    before = Engine.load(old)
+    assert before.model.config == engine.model.config
+    prompt = engine.encode(scan, "Segment the lesion.", "segment")
+    found = [each.segment(scan, {"lesion": prompt}, num_steps=2).probabilities["lesion"] for each in (engine, before)]
+    np.testing.assert_array_equal(*found)
+
+
 def test_replicas_that_hold_only_their_parts_give_the_same_answers(
     checkpoint: Path, engine: Engine, scan: Scan
 ) -> None:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from monai.networks.nets.basic_unet import Down, TwoConv, UpCat
 
 from omnimri.models import image_decoder
 from omnimri.models.config import preset
@@ -90,6 +91,22 @@ def test_masks_follow_their_prompts(rng: torch.Generator) -> None:
     assert not torch.allclose(masks[:, 0], masks[:, 1])
     twice = decoder.segment(image, prompts[:, [0, 1, 1]], pyramid, num_steps=2)
     torch.testing.assert_close(twice[:, 1], twice[:, 2])
+
+
+def test_levels_over_slices_are_those_of_monai(rng: torch.Generator) -> None:
+    """Checkpoints hold the tensors of `BasicUNet`'s blocks, which the trunk was once made of."""
+    trunk = decoder_and_inputs(rng)[0].segment_trunk
+    blocks = {"act": ("leakyrelu", {"negative_slope": 0.1, "inplace": True}), "norm": ("instance", {"affine": True})}
+    first = TwoConv(2, 9, 16, bias=True, **blocks)
+    down = Down(2, 16, 32, bias=True, **blocks)
+    up = UpCat(2, 32, 16, 16, bias=True, **blocks, halves=False)
+    for theirs, own in ((first, trunk.first), (down, trunk.downs[0]), (up, trunk.ups[0])):
+        theirs.load_state_dict(own.state_dict())
+    image = torch.randn(2, 9, 48, 40, generator=rng)
+    fine, own_fine = first(image), trunk.first(image)
+    coarse, own_coarse = down(fine), trunk.downs[0](own_fine)
+    torch.testing.assert_close(own_coarse, coarse, rtol=0, atol=0)
+    torch.testing.assert_close(trunk.ups[0](own_coarse, own_fine), up(coarse, fine), rtol=0, atol=0)
 
 
 def test_number_of_steps_is_bounded(rng: torch.Generator) -> None:

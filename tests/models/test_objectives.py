@@ -1,5 +1,7 @@
 """What each stage's losses must do, on a tiny model with made-up batches."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -169,6 +171,30 @@ def test_segmentation_answers_every_prompt_of_every_volume(model: OmniMRI, build
     losses = objective(batch)
     losses["loss_segment"].backward()
     assert {"backbone", "connector", "image_decoder"} <= gradients(model)
+    assert objective.pictures(batch)["segment"].shape == (4 * 32, 5 * 32)
+
+
+def test_patches_of_volumes_are_answered_as_slices_are(model: OmniMRI, builder: SequenceBuilder) -> None:
+    """The loss of the volume decoder reaches the backbone too; its pictures are the middle slices of the patches."""
+    decoder = replace(model.config.image_decoder, segment_dims=3)
+    torch.manual_seed(0)
+    volumetric = OmniMRI(replace(model.config, image_decoder=decoder))
+    volumetric.vision.requires_grad_(False)
+    rng = np.random.default_rng(6)
+    samples = [
+        sample
+        | {
+            "slices": rng.normal(size=(2, 5, 32, 32)).astype(np.float32),
+            "slice_target": rng.random((2, 2, 5, 32, 32)) < 0.3,
+        }
+        for sample in segment_samples(2)
+    ]
+    objective = build_objective("instruct", volumetric, {"balance": 0.0, "router_z": 0.0})
+    batch = collate(samples, builder)
+    losses = objective(batch)
+    losses["loss_segment"].backward()
+    assert {"backbone", "connector", "image_decoder"} <= gradients(volumetric)
+    assert 0 < losses["soft_dice"].item() < 1
     assert objective.pictures(batch)["segment"].shape == (4 * 32, 5 * 32)
 
 

@@ -8,12 +8,21 @@ import pytest
 import torch
 from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
+from torch.utils.flop_counter import FlopCounterMode
 
 from omnimri.jobs import plan as job
 from omnimri.models.backbone import build_backbone
 from omnimri.models.config import preset
 from omnimri.models.omnimri import OmniMRI
-from omnimri.platform.training.plan import PlanConfig, count, layer_activations, make_plan, model_states
+from omnimri.platform.training.plan import (
+    PlanConfig,
+    count,
+    layer_activations,
+    make_plan,
+    model_states,
+    step_flops,
+    trunk_levels,
+)
 
 TOTAL, LARGEST = 14_000_000_000, 545_000_000
 
@@ -31,6 +40,32 @@ def test_7b_is_counted_without_memory() -> None:
     counts = make_plan("7b", PlanConfig(gpus=64)).counts
     assert 13e9 < counts.parts["backbone"] < 14e9
     assert 8.5e9 < counts.active < 9.5e9
+
+
+def test_a_decoder_of_volumes_is_counted_and_needs_more() -> None:
+    plain, volumes = (make_plan("tiny", PlanConfig(gpus=1, zero=1, segment_dims=dims)) for dims in (2, 3))
+    model = OmniMRI(volumes.config)
+    assert volumes.counts.parts["image_decoder"] == sum(p.numel() for p in model.image_decoder.parameters())
+    assert volumes.counts.parts["image_decoder"] > plain.counts.parts["image_decoder"]
+    part = "activations, image decoder"
+    assert volumes.memory[part] == pytest.approx(8 * plain.memory[part])  # the finest level of 8 whole slices
+    assert step_flops(volumes.config, volumes.counts, volumes.settings) > step_flops(
+        plain.config, plain.counts, plain.settings
+    )
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_work_of_the_segmentation_trunk_is_that_of_its_convolutions(dims: int) -> None:
+    """Within a third of what torch counts for one slice or patch, without prompt and pyramid."""
+    config = preset("tiny")
+    config = replace(config, image_decoder=replace(config.image_decoder, segment_dims=dims))  # type: ignore[arg-type]
+    trunk = OmniMRI(config, ("image_decoder",)).image_decoder.segment_trunk
+    trunk.inject = torch.nn.ModuleList()
+    shape = config.inputs.slice_shape if dims == 2 else config.patch_shape
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        trunk(torch.zeros(1, 9, *shape), torch.ones(1), torch.zeros(1, 16, config.connector.dim), [])
+    planned = sum(2 * 5 * taps * channels**2 * places for channels, places, taps in trunk_levels(config))
+    assert planned == pytest.approx(counter.get_total_flops(), rel=1 / 3)
 
 
 @pytest.mark.parametrize(("nodes", "per_node"), [(1, 1), (1, 8), (8, 8)])

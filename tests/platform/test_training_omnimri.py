@@ -20,7 +20,9 @@ from omnimri.models.config import (
     TextEncoderConfig,
     VisionConfig,
 )
+from omnimri.models.engine import Engine
 from omnimri.models.omnimri import OmniMRI
+from omnimri.platform.data.shards import Shards, load_row, row_to_scan
 from omnimri.platform.data.stream import StreamConfig
 from omnimri.platform.training.config import RunConfig, ScalingConfig, StageConfigs
 from omnimri.platform.training.recipes import recipe
@@ -97,6 +99,40 @@ def test_fine_tokens_pass_every_stage_and_the_encoder_learns_where_it_is_asked_t
     results = run_stages(list(STAGES), replace(run, model=model, train=StageConfigs(**stages)))
     changes = [_changed(before, after, "vision") for before, after in itertools.pairwise(results)]
     assert changes == [False, False, True]
+
+
+def test_a_decoder_of_volumes_learns_from_patches_and_answers_scans(
+    data: Path, four_stages: list[StageResult], tmp_path: Path
+) -> None:
+    """From the third stage of a run with slices, whose reconstruction goes on."""
+    run = smallest_run(data, tmp_path)
+    decoder = replace(SMALLEST.image_decoder, segment_dims=3, patch_shape=(4, 24, 24))
+    model = replace(SMALLEST, image_decoder=decoder)
+    stage = replace(run.train.instruct, weights={"instruct.segment": 1.0})
+    run = replace(run, model=model, train=replace(run.train, instruct=stage), view={"patches_per_sample": 3})
+    slices, volumes = (OmniMRI.load(four_stages[2].model_folder, config=c).image_decoder for c in (SMALLEST, model))
+    for name, value in slices.reconstruct_trunk.state_dict().items():
+        assert torch.equal(volumes.reconstruct_trunk.state_dict()[name], value)
+    result = run_stage("instruct", run, init=Path(four_stages[2].model_folder))
+    assert "loss_segment" in result.losses
+    engine = Engine.load(result.model_folder)
+    assert engine.model.image_decoder.config == decoder
+    row = load_row(Shards.open([str(data)]).rows[0])
+    scan = row_to_scan(row)
+    prompts = {"lesion": engine.encode(scan, "Segment the lesion.", "segment")}
+    assert engine.segment(scan, prompts).masks["lesion"].shape == scan.image.shape
+
+
+def test_runs_with_slices_are_told_by_the_settings_they_always_had(data: Path, tmp_path: Path) -> None:
+    """A run from before there were volumes goes on under this program."""
+    run = smallest_run(data, tmp_path)
+    assert set(run.stage_settings("instruct")["model"]["image_decoder"]) == {
+        "channels", "num_heads", "mask_channels", "recon_noise", "segment_noise", "consistency_weight",
+        "consistency_steps",
+    }  # fmt: skip
+    decoder = replace(SMALLEST.image_decoder, segment_dims=3)
+    settings = replace(run, model=replace(SMALLEST, image_decoder=decoder)).stage_settings("instruct")
+    assert settings["model"]["image_decoder"]["segment_dims"] == 3
 
 
 def test_a_part_that_the_model_lacks_cannot_learn() -> None:

@@ -9,8 +9,10 @@ import torch
 from omnimri.models.config import InputConfig
 from omnimri.models.physics import estimate_sens_maps
 from omnimri.models.preprocess import Preprocess
+from omnimri.models.resample import pad_or_crop
 from omnimri.models.vocabulary import DENSE_LABELS, FINDINGS, LESION, TISSUES
-from omnimri.platform.data.shards import Shards, load_row
+from omnimri.platform.data.patches import draw_corners
+from omnimri.platform.data.shards import Shards, load_row, row_to_scan
 from omnimri.platform.data.views import (
     ViewOptions,
     labelled_sample,
@@ -55,6 +57,52 @@ def test_half_of_the_slices_show_the_lesion_of_a_patient_who_has_one(rows: list[
     sample = segmentation_sample(ill, np.random.default_rng(0), options(4))
     number = next(i for i, text in enumerate(sample["instruction"]) if LESION in text)
     assert sample["slice_target"][:, number].any(axis=(1, 2)).sum() >= 2
+
+
+def test_patches_are_pieces_of_the_volume_with_their_masks(rows: list[dict]) -> None:
+    """Nothing is resampled on the native grid: patches are found in the volume, and the masks at the same place."""
+    row = next(row for row in rows if not structure_mask(row["label_map"], row["label_names"], LESION).any())
+    chosen = replace(options(4), patch_shape=(4, 16, 12), patches_per_sample=6)
+    sample = segmentation_sample(row, np.random.default_rng(0), chosen)
+    assert sample["slices"].shape == (6, 4, 16, 12)
+    assert sample["slice_target"].shape == (6, 4, 4, 16, 12)
+    volume = chosen.preprocess.slices(row_to_scan(row))
+    windows = np.lib.stride_tricks.sliding_window_view(volume.slices.numpy(), (4, 16, 12))
+    for patch, masks in zip(sample["slices"], sample["slice_target"], strict=True):
+        [corner] = np.argwhere((windows == patch).all(axis=(3, 4, 5)))
+        place = tuple(slice(start, start + size) for start, size in zip(corner, (4, 16, 12), strict=True))
+        for text, mask in zip(sample["instruction"], masks, strict=True):
+            structure = next(s for s in (*TISSUES, LESION) if s in text)
+            truth = structure_mask(row["label_map"], row["label_names"], structure)
+            canonical = chosen.preprocess.slice_labels(truth, row_to_scan(row), volume.axis)
+            np.testing.assert_array_equal(mask, canonical[place])
+
+
+def test_half_of_the_patches_lie_about_a_lesion_and_the_others_anywhere() -> None:
+    lesion = np.zeros((20, 60, 50), bool)
+    lesion[2, 55, 3:6] = True  # near the edge, where a patch cannot be centred
+    rng = np.random.default_rng(0)
+    corners = np.array([draw_corners(lesion, (8, 16, 16), 3, rng) for _ in range(200)])
+    assert (corners >= 0).all()
+    assert (corners <= [12, 44, 34]).all()
+    shown = [lesion[z : z + 8, y : y + 16, x : x + 16].any() for z, y, x in corners.reshape(-1, 3)]
+    shown = np.reshape(shown, (200, 3))
+    assert shown[:, :2].all()
+    assert shown[:, 2].mean() < 0.2
+    for axis, last in enumerate((12, 44, 34)):
+        assert set(corners[:, 2, axis]) >= {0, last}
+    nowhere = draw_corners(np.zeros_like(lesion), (8, 16, 16), 200, rng)
+    assert np.std([y for _, y, _ in nowhere]) == pytest.approx(45 / np.sqrt(12), rel=0.15)
+
+
+def test_a_volume_smaller_than_a_patch_is_centred_in_its_background(rows: list[dict]) -> None:
+    chosen = replace(options(4), patch_shape=(9, 32, 40), patches_per_sample=1)
+    sample = segmentation_sample(rows[0], np.random.default_rng(0), chosen)
+    volume = chosen.preprocess.slices(row_to_scan(rows[0])).slices
+    [patch] = torch.from_numpy(sample["slices"])
+    torch.testing.assert_close(patch, pad_or_crop(volume, (9, 32, 40), float(volume.min())), rtol=0, atol=0)
+    assert not sample["slice_target"][..., :1, :, :].any()
+    assert not sample["slice_target"][..., :4].any()
 
 
 def test_tissues_that_a_data_set_does_not_label_are_not_asked_for(rows: list[dict]) -> None:
