@@ -51,8 +51,16 @@ INSTRUCTIONS: dict[str, tuple[str, ...]] = {
         "Please write a structured report of this scan.",
         "Report the findings and your impression.",
     ),
+    "describe": (
+        "Describe this MRI on five levels, as JSON.",
+        "Give a structured description of this volume as JSON.",
+        "Write the five-level description of this scan.",
+        "Describe this volume level by level, as one JSON object.",
+        "Fill in the description template for this MRI.",
+        "Describe this examination in JSON: acquisition, anatomy, signal, findings, impression.",
+    ),
 }
-"""The plain phrasings of the five tasks of the paper's Table 1."""
+"""The plain phrasings of the five tasks of the paper's Table 1, and of the report in its structured form."""
 
 FIRST_SHARE = 0.8
 """Chance of the first phrasing of a task, which is what is asked by default; the others share the rest."""

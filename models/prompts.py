@@ -28,7 +28,7 @@ ANSWER_TAGS = {"detect": (special.BBOX, special.BBOX_END), "diagnose": _WORDS, "
 _TASK_WORDS = {
     "reconstruct": ("reconstruct", "under-sampled", "undersampled", "aliasing", "k-space"),
     "segment": ("segment", "outline", "mask of", "delineate", "contour"),
-    "report": ("report",),
+    "report": ("report", "description", "describe this"),
     "detect": ("detect", "locali", "where", "bounding box", "boxes"),
     "diagnose": ("diagnos", "disease", "suggest"),
 }
@@ -56,7 +56,7 @@ def instruction_for(task: str, *, structure: str | None = None, rng: np.random.G
         ValueError: If the task is unknown, or is `segment` without a structure.
     """
     if task not in INSTRUCTIONS:
-        raise ValueError(f"Task {task!r} is unknown; known: {', '.join(TASKS)}.")
+        raise ValueError(f"Task {task!r} is unknown; known: {', '.join(INSTRUCTIONS)}.")
     phrasings = INSTRUCTIONS[task]
     first = rng is None or rng.random() < FIRST_SHARE
     phrase = phrasings[0] if rng is None or first else phrasings[int(rng.integers(1, len(phrasings)))]

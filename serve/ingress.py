@@ -136,7 +136,7 @@ class Ingress:
 
         async def work() -> Draft:
             intake = await self._read(form)
-            instruction = form.instruction or instruction_for(task)
+            instruction = form.instruction or _usual_instruction(task, form)
             prompt = self._prompt(intake.scan, instruction, task)
             choices = diagnosis_choices() if task == "diagnose" and not is_question(instruction) else []
             result = await self._result(
@@ -154,7 +154,7 @@ class Ingress:
         request_id = new_request_id()
         with self.admission.slot("text"), self._counted(task, request_id):
             intake = await self._read(form)
-            instruction = form.instruction or instruction_for(task)
+            instruction = form.instruction or _usual_instruction(task, form)
             prompt = self._prompt(intake.scan, instruction, task)
             pieces = self.text.options(stream=True).stream.remote(prompt, **_options(task, form))
             with self._model_errors("text"):
@@ -271,6 +271,11 @@ class Ingress:
         finally:
             self._requests.inc(tags={"task": task, "status": status})
             logger.info("request %s task %s status %s", request_id, task, status)
+
+
+def _usual_instruction(task: str, form: TextForm) -> str:
+    """What is asked where the request says nothing: of a description, what training asks for one."""
+    return instruction_for("describe" if form.format == "description" else task)
 
 
 def _options(task: str, form: TextForm) -> dict[str, Any]:

@@ -71,8 +71,11 @@ class ViewOptions:
     """Structures that a segmentation sample asks for, each by an instruction of its own."""
     foreign_share: float = 0.1
     """Share of them that another part of the body has, where the row says which part it shows: their mask is empty."""
-    text_tasks: Mapping[str, float] = field(default_factory=lambda: {"detect": 0.25, "diagnose": 0.45, "report": 0.3})
-    """Chance of each text task where a row has labels for all."""
+    text_tasks: Mapping[str, float] = field(
+        default_factory=lambda: {"detect": 0.24, "diagnose": 0.43, "report": 0.28, "describe": 0.05}
+    )
+    """Chance of each text task where a row has labels for all. A description is several times as long as the other
+    answers, and most of it is keys: little of it is enough."""
     question_share: float = 0.2
     """Share of text samples that ask a question (yes or no, a choice, one kind of finding, a differential, or one that
     does not fit the image) instead of a whole task."""
@@ -211,7 +214,7 @@ def _stacked(volumes: Sequence[Sample]) -> Sample:
 
 
 def text_sample(row: Row, rng: np.random.Generator, options: ViewOptions) -> Sample:
-    """Detection, diagnosis, report or a question, by what the row is labelled with."""
+    """Detection, diagnosis, report, description or a question, by what the row is labelled with."""
     pair, evidence = draw_text_pair(
         row, options.preprocess, rng, tasks=options.text_tasks, question_share=options.question_share
     )
@@ -479,13 +482,13 @@ SOURCES: dict[str, Source] = {
     ),
     "instruct.text": Source(
         kind="instruction",
-        columns=(*_FACTS, "boxes", "classes", "report", "label_map", "label_names"),
+        columns=(*_FACTS, "boxes", "classes", "report", "description", "label_map", "label_names"),
         accepts=lambda ref: ref.has_report or ref.has_boxes or ref.has_classes or ref.has_labels,
         make=text_sample,
     ),
     "instruct.study": Source(
         kind="instruction",
-        columns=(*_FACTS, "boxes", "classes", "report", "label_map", "label_names"),
+        columns=(*_FACTS, "boxes", "classes", "report", "description", "label_map", "label_names"),
         accepts=lambda ref: ref.has_report or ref.has_boxes or ref.has_classes or ref.has_labels,
         make=study_sample,
         by_study=True,

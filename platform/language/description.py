@@ -5,6 +5,7 @@ Every field is a short phrase; an empty one is unknown, which is not the same as
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
@@ -92,6 +93,10 @@ class Description(_Strict):
             for key, phrase in fields.items():
                 if phrase:
                     yield f"{level}.{key}", phrase
+
+    def answer(self) -> str:
+        """Every key in the paper's order on one line, as `grammars.json_grammar` of the schema decodes it."""
+        return json.dumps(self.model_dump(), ensure_ascii=False)
 
 
 def description_schema() -> dict[str, Any]:

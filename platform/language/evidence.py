@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 
 from omnimri.models.boxes import Box
+from omnimri.models.grammars import MAX_PHRASE
 from omnimri.models.vocabulary import DIAGNOSES, LESION, NORMAL, SIDES
 from omnimri.platform.data.schema import FACTS
 from omnimri.platform.language.derive import Known, labelled_volume
+from omnimri.platform.language.description import Description
 from omnimri.platform.language.measure import LabelledVolume, Measured
 from omnimri.platform.language.sections import split_sections
 from omnimri.platform.language.words import finding_field, one_line, plain_name, structure_kind
@@ -29,8 +31,9 @@ MAX_HISTORY = 200
 class Evidence:
     """A row's labels, looked at when they are asked for."""
 
-    def __init__(self, known: Known) -> None:
+    def __init__(self, known: Known, written: str | None = None) -> None:
         self.known = known
+        self._written = written
 
     @classmethod
     def of_row(cls, row: Mapping[str, Any]) -> Evidence:
@@ -45,8 +48,22 @@ class Evidence:
                 boxes=row.get("boxes"),
                 classes=row.get("classes"),
                 report=row.get("report"),
-            )
+            ),
+            row.get("description"),
         )
+
+    @cached_property
+    def description(self) -> Description | None:
+        """The description that the row carries.
+
+        None where it tells no more than a header does, or has a phrase that is longer than a grammar lets an answer be.
+        """
+        if not self._written:
+            return None
+        description = Description.model_validate_json(self._written)
+        filled = dict(description.filled())
+        is_told = any(not field.startswith("image_modality_sequence.") for field in filled)
+        return description if is_told and max(map(len, filled.values())) <= MAX_PHRASE else None
 
     @cached_property
     def volume(self) -> LabelledVolume | None:

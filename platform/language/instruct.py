@@ -6,7 +6,7 @@ The answer of every pair follows from the labels that it names; the answer of an
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,8 @@ PLAIN = "plain"
 
 _FACT_SHARE, _ACCELERATION_SHARE, _HISTORY_SHARE = 0.85, 0.5, 0.15
 """Chances that a prompt carries what is known: a request may not know it."""
+_DESCRIBED_FACTS = ("plane", "contrast")
+"""Context that a description states."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,11 +36,11 @@ class Pair:
     """One instruction and its answer."""
 
     task: str
-    """Of the five."""
+    """Of the five; a description is a report in another form."""
     kind: str
     """`plain`, or a `QuestionKind`."""
     topic: str
-    """What is asked about; empty for a plain task."""
+    """What is asked about; empty for a plain task, but `description` for a report in that form."""
     instruction: str
     answer: str
     """With its tags; of an image task the tags alone."""
@@ -51,11 +53,12 @@ class Pair:
 
 
 def plain_tasks(evidence: Evidence) -> tuple[str, ...]:
-    """Which of detect, diagnose and report the labels of a row can answer."""
+    """Which of detect, diagnose, report and describe the labels of a row can answer."""
     answered = {
         "detect": evidence.boxes is not None,
         "diagnose": bool(evidence.known.classes),
         "report": bool(evidence.known.report) or derived_report(evidence) is not None,
+        "describe": evidence.description is not None,
     }
     return tuple(task for task, is_known in answered.items() if is_known)
 
@@ -64,10 +67,11 @@ def plain_pair(task: str, row: Mapping[str, Any], evidence: Evidence, preprocess
                rng: np.random.Generator) -> Pair:  # fmt: skip
     """One of `plain_tasks`, asked for as a whole."""
     answer, verdict, labels = _PLAIN_ANSWERS[task](row, evidence, preprocess)
-    return Pair(
+    pair = Pair(
         task=task, kind=PLAIN, topic="", instruction=instruction_for(task, rng=rng), answer=answer, verdict=verdict,
         labels=labels,
     )  # fmt: skip
+    return pair if task != "describe" else replace(pair, task="report", topic="description", hides=_DESCRIBED_FACTS)
 
 
 def question_pair(question: Question, row: Mapping[str, Any], preprocess: Preprocess, rng: np.random.Generator) -> Pair:
@@ -174,8 +178,16 @@ def _report(_: Mapping[str, Any], evidence: Evidence, __: Preprocess) -> tuple[s
     return tagged(text), {True: "abnormal", False: NORMAL, None: "open"}[is_abnormal], labels
 
 
+def _describe(_: Mapping[str, Any], evidence: Evidence, __: Preprocess) -> tuple[str, str, dict[str, str]]:
+    description = evidence.description
+    assert description is not None
+    findings = any(phrase for phrase in description.pathological_findings.model_dump().values())
+    return tagged(description.answer()), "findings" if findings else "none", {"description": "as written"}
+
+
 _PLAIN_ANSWERS: dict[str, Callable[[Mapping[str, Any], Evidence, Preprocess], tuple[str, str, dict[str, str]]]] = {
     "detect": _detect,
     "diagnose": _diagnose,
     "report": _report,
+    "describe": _describe,
 }

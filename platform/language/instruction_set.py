@@ -46,6 +46,7 @@ BALANCED_KINDS = ("yes-no", "named")
 _COLUMNS = (
     "image", "affine", "contrast", "quantitative", "quantity", "quantity_unit", "plane", "body_part", "contrast_agent",
     "acquisition_type", "sex", "age_years", "label_map", "label_names", "boxes", "classes", "report",
+    "description",
 )  # fmt: skip
 
 

@@ -117,7 +117,7 @@ class TrainConfig:
 
     def trained_parts(self, stage: Stage) -> tuple[str, ...]:
         """Parts of the model that learn."""
-        return tuple(dict.fromkeys((*stage.trains, *self.also_trains)))
+        return stage.trained_parts(self.also_trains)
 
     def shares(self, stage: Stage, kinds: Mapping[str, str]) -> dict[str, float]:
         """Share of the forward passes by source.

@@ -31,6 +31,7 @@ from omnimri.platform.data.licences import ANY, count_licences, licensed
 from omnimri.platform.data.shards import RowRef, Shards, StudyRef, load_row, studies
 from omnimri.platform.data.stream import SourceRows
 from omnimri.platform.data.views import SOURCES, ViewOptions, description_text
+from omnimri.platform.language.description import Description
 
 logger = logging.getLogger(__name__)
 
@@ -218,6 +219,8 @@ def corpus_texts(shards: Shards) -> Iterator[str]:
     for ref in refs[:TEXT_ROWS]:
         row = load_row(ref, ("report", "description"))
         yield from filter(None, (row["report"], description_text(row["description"])))
+        if row["description"]:
+            yield Description.model_validate_json(row["description"]).answer()
     for phrasings in INSTRUCTIONS.values():
         for phrase in phrasings:
             yield from (phrase.format(structure=structure) for structure in STRUCTURES)

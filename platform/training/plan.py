@@ -18,7 +18,7 @@ import torch
 
 from omnimri.models.config import OmniMRIConfig, preset
 from omnimri.models.omnimri import OmniMRI
-from omnimri.platform.training.stages import stage_named
+from omnimri.platform.training.stages import PARTS, stage_named
 
 GIB = 2**30
 FLOAT32, BFLOAT16 = 4, 2
@@ -38,6 +38,8 @@ class PlanConfig:
     offload: Literal["none", "cpu"] = "none"
     """`cpu` keeps the optimizer's state, under ZeRO-3 the weights too, in the host's memory."""
     stage: str = "instruct"
+    also_trains: tuple[str, ...] = ()
+    """Parts that learn beside those of the stage, as `TrainConfig.also_trains` has them."""
     micro_batch: int = 4
     """Sequences per forward pass on one GPU."""
     text_tokens: int = 512
@@ -55,6 +57,8 @@ class PlanConfig:
 
     def __post_init__(self) -> None:
         stage_named(self.stage)
+        if unknown := set(self.also_trains) - set(PARTS):
+            raise ValueError(f"PlanConfig.also_trains: unknown parts {sorted(unknown)}; known: {list(PARTS)}.")
         for name in ("gpus", "gpus_per_node", "micro_batch", "text_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"PlanConfig.{name} must be at least 1, found {getattr(self, name)}.")
@@ -64,6 +68,11 @@ class PlanConfig:
             raise ValueError("PlanConfig.offload='cpu' needs PlanConfig.zero 1, 2 or 3, found 0.")
         if not 0 < self.utilisation <= 1:
             raise ValueError(f"PlanConfig.utilisation must lie in (0, 1], found {self.utilisation}.")
+
+    @property
+    def learning(self) -> tuple[str, ...]:
+        """Parts of the model that hold gradients and optimizer state."""
+        return stage_named(self.stage).trained_parts(self.also_trains)
 
 
 @dataclass(frozen=True)
@@ -156,11 +165,12 @@ def activations(config: OmniMRIConfig, plan: PlanConfig) -> dict[str, float]:
         # Two blocks of two convolutions at each level, one of them twice as wide; input, normed and output of each.
         maps = [14 * channels * places for channels, places, _ in trunk_levels(config)]
         found["image decoder"] = plan.micro_batch * FLOAT32 * (max(maps) if plan.checkpointing else sum(maps))
-    if plan.stage == "vision":
+    if "vision" in plan.learning:
         inputs = sum(width * places * depth for width, places, depth in _swin_levels(config))
         blocks = [30 * width * places * depth for width, places, depth in _swin_levels(config)]
         values = inputs + max(blocks) if plan.checkpointing else sum(blocks)
-        found["vision"] = 2 * plan.micro_batch * FLOAT32 * values  # two views of each volume
+        views = 2 if plan.stage == "vision" else 1
+        found["vision"] = views * plan.micro_batch * FLOAT32 * values
     return found
 
 
@@ -191,6 +201,8 @@ def step_flops(config: OmniMRIConfig, counts: Counts, plan: PlanConfig) -> float
     swin = sum(2 * 12 * width**2 * places * depth for width, places, depth in _swin_levels(config))
     if plan.stage == "vision":
         return 2 * passes * swin
+    if "vision" in plan.learning:
+        swin *= passes
     if plan.stage == "align":
         return swin + 3 * 2 * (counts.parts["align"] * (tokens - plan.text_tokens)
                                + counts.parts["text_encoder"] * plan.text_tokens)  # fmt: skip
@@ -221,7 +233,7 @@ class Plan:
     def states(self, zero: int) -> dict[str, float]:
         """Bytes of model states on one GPU under a stage of ZeRO."""
         parts, settings = self.counts.parts, self.settings
-        learning = sum(parts[name] for name in stage_named(settings.stage).trains)
+        learning = sum(parts[name] for name in settings.learning)
         return model_states(sum(parts.values()), learning, self.counts.largest, zero=zero, workers=settings.gpus,
                             offload=settings.offload == "cpu" and zero > 0)  # fmt: skip
 
@@ -296,7 +308,7 @@ def largest_micro_batch(plan: Plan) -> int:
 def format_plan(plan: Plan) -> str:
     """The plan as text."""
     settings, counts = plan.settings, plan.counts
-    total, trains = sum(counts.parts.values()), stage_named(settings.stage).trains
+    total, trains = sum(counts.parts.values()), settings.learning
     tokens = sequence_tokens(plan.config, settings)
     flops = step_flops(plan.config, counts, settings)
     per_second = settings.gpus * settings.utilisation * settings.peak_tflops * 1e12 / flops

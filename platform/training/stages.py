@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -45,6 +45,10 @@ class Stage:
             raise ValueError(f"Stage {self.name!r}: unknown parts {sorted(unknown)} in trains; known: {list(PARTS)}.")
         if abs(sum(self.ratio.values()) - 1.0) > 1e-9:
             raise ValueError(f"Stage {self.name!r}: ratio sums to {sum(self.ratio.values())}, expected 1.")
+
+    def trained_parts(self, also: Iterable[str] = ()) -> tuple[str, ...]:
+        """Parts that learn, each once: those of the stage, and further ones."""
+        return tuple(dict.fromkeys((*self.trains, *also)))
 
 
 def _ratio(image: float, paired: float, instruction: float) -> Mapping[str, float]:

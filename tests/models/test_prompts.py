@@ -54,6 +54,11 @@ def test_every_phrasing_names_its_task_and_structure(task: str) -> None:
             assert structures_of(instruction) == ["grey matter"]
 
 
+def test_a_description_is_asked_for_as_a_report_and_is_no_question() -> None:
+    assert {task_of(phrase) for phrase in INSTRUCTIONS["describe"]} == {"report"}
+    assert not any(map(is_question, INSTRUCTIONS["describe"]))
+
+
 WORDS = {
     "finding": "old infarct", "diagnosis": "haemorrhage", "side": "left", "limit": "12", "signal": "hypointense",
     "reference": "white matter", "structure": "grey matter", "contrast": "T1-weighted", "plane": "axial",

@@ -30,6 +30,7 @@ from omnimri.platform.data.schema import SCHEMA
 from omnimri.platform.data.shards import Shards, load_row
 from omnimri.platform.data.views import SOURCES, ViewOptions, segmentation_sample, structure_mask, text_sample
 from omnimri.platform.evaluation.text import label_text
+from omnimri.platform.language.description import Description
 from omnimri.platform.language.evidence import MAX_BOXES, Evidence
 from omnimri.platform.language.instruct import (
     draw_text_pair,
@@ -466,7 +467,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     bare, broken = manifest["rows"][1], manifest["rows"][2]
     path = folder / "shards" / bare["file"]
     [row] = pq.read_table(path).to_pylist()
-    row |= dict.fromkeys(("label_map", "label_names", "boxes", "report", "contrast", "plane", "body_part", "kspace"))
+    emptied = ("label_map", "label_names", "boxes", "report", "description", "contrast", "plane", "body_part", "kspace")
+    row |= dict.fromkeys(emptied)
     pq.write_table(pa.Table.from_pylist([row | {"classes": []}], schema=SCHEMA), path)
     bare |= {"has_labels": False, "has_boxes": False, "has_report": False, "has_kspace": False, "fully_sampled": False,
              "contrast": None, "plane": None, "body_part": None}  # fmt: skip
@@ -543,13 +545,18 @@ def test_the_job_writes_pairs_and_says_which_rows_gave_none(written: Path, corpu
     assert "Parquet" in reasons["row-0-2"]
     assert {line["row_id"] for line in pairs} == {ref.row_id for ref in Shards.open(corpus).rows} - set(reasons)
     assert {line["task"] for line in pairs} == {"reconstruct", "segment", "detect", "diagnose", "report"}
+    assert {line["topic"] for line in pairs if line["task"] == "report"} == {"", "description"}
     refs = {ref.row_id: ref for ref in Shards.open(corpus).rows}
     for line in pairs:
         row = load_row(refs[line["row_id"]])
         assert task_of(line["instruction"]) == line["task"]
         assert set(line["labels"]) <= set(SCHEMA.names)
         assert all(row[column] is not None for column in line["labels"])
-        if line["task"] == "report":
+        if line["topic"] == "description":
+            described = Description.model_validate_json(untagged(line["answer"]))
+            assert described == Description.model_validate_json(row["description"])
+            assert not {"plane", "contrast"} & set(line["context"])
+        elif line["task"] == "report":
             assert untagged(line["answer"]) == row["report"]
         if line["task"] == "diagnose" and line["kind"] == "plain":
             assert diagnosis_in(line["answer"]) == row["classes"][0]

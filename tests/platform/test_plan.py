@@ -14,15 +14,19 @@ from omnimri.jobs import plan as job
 from omnimri.models.backbone import build_backbone
 from omnimri.models.config import preset
 from omnimri.models.omnimri import OmniMRI
+from omnimri.platform.training.optimizer import parameter_groups, train_only
 from omnimri.platform.training.plan import (
     PlanConfig,
     count,
+    format_plan,
     layer_activations,
     make_plan,
     model_states,
     step_flops,
     trunk_levels,
 )
+from omnimri.platform.training.recipes import recipe
+from omnimri.platform.training.stages import STAGES
 
 TOTAL, LARGEST = 14_000_000_000, 545_000_000
 
@@ -107,6 +111,38 @@ def test_activations_of_a_layer_are_what_autograd_keeps() -> None:
     assert layer_activations(config, value_bytes=4) * tokens == pytest.approx(kept, rel=0.2)
 
 
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("also", [(), ("vision",), ("vision", "text_encoder", "backbone")])
+def test_states_are_those_of_a_real_optimizer_under_what_else_learns(stage: str, also: tuple[str, ...]) -> None:
+    """Gradients and AdamW's two moments of the model as training freezes it, without ZeRO."""
+    train = replace(recipe("tiny", "run", [], "out").stage(stage), also_trains=also)
+    with torch.device("meta"):
+        model = OmniMRI(preset("tiny"))
+    train_only(model.parts(), train.trained_parts(STAGES[stage]))
+    optimizer = torch.optim.AdamW(parameter_groups(model, model.parts(), train), foreach=False)
+    learning = [p for group in optimizer.param_groups for p in group["params"]]
+    for parameter in learning:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    moments = sum(state[name].nbytes for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq"))
+    plan = make_plan("tiny", PlanConfig(gpus=1, zero=0, stage=stage, also_trains=also))
+    assert plan.memory["optimizer"] == moments
+    assert plan.memory["gradients"] == sum(p.grad.nbytes for p in learning)
+    assert plan.memory["weights"] == sum(p.nbytes for p in model.parameters())
+    assert ("activations, vision" in plan.memory) == ("vision" in (*also, *STAGES[stage].trains))
+    starred = {line.split("*")[0].strip() for line in format_plan(plan).splitlines() if "*  " in line}
+    assert starred == set(train.trained_parts(STAGES[stage]))
+
+
+def test_the_encoder_in_a_later_stage_costs_memory_and_work() -> None:
+    frozen, learning = (make_plan("small", PlanConfig(gpus=8, also_trains=also)) for also in ((), ("vision",)))
+    assert learning.needed > frozen.needed
+    flops = [step_flops(plan.config, plan.counts, plan.settings) for plan in (frozen, learning)]
+    assert flops[1] > flops[0]
+    with pytest.raises(ValueError, match=r"PlanConfig.also_trains: unknown parts \['eyes'\]; known: \['vision'"):
+        PlanConfig(gpus=8, also_trains=("eyes",))
+
+
 def test_checkpointing_offload_and_more_workers_need_less() -> None:
     def needed(**settings: object) -> float:
         return make_plan("small", PlanConfig(**{"gpus": 8, "zero": 2, **settings})).needed  # type: ignore[arg-type]
@@ -121,6 +157,9 @@ def test_the_job_prints_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     for expected in ("active per token", "ZeRO-3", "checkpointed", "35% of 312 TFLOP/s (assumed)", "per step"):
         assert expected in printed
+    assert job.main(["--preset", "small", "--gpus", "8", "--set", "also_trains=vision"]) == 0
+    assert "vision*" in capsys.readouterr().out
+    assert "vision*" not in printed
 
 
 @pytest.mark.parametrize(

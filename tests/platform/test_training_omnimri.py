@@ -159,6 +159,22 @@ def test_held_out_rows_are_looked_at(data: Path, four_stages: list[StageResult],
 
 
 @pytest.mark.parametrize("zero", [2, 3])
+def test_a_flow_head_that_runs_twice_a_step_learns_the_same_under_zero(
+    data: Path, four_stages: list[StageResult], tmp_path: Path, zero: int
+) -> None:
+    """Its second run, with other states and without gradients, is a floor that `loss_visual` is compared with."""
+    start, plain = four_stages[1:3]
+    result = run_stage("multimodal", smallest_run(data, tmp_path, zero=zero), init=Path(start.model_folder))
+    for name in ("loss", "loss_text", "loss_visual", "visual_shuffled", "visual_copied"):
+        assert result.losses[name] == pytest.approx(plain.losses[name], rel=1e-4), name
+    for part in STAGES["multimodal"].trains:
+        old, other, new = (load_file(Path(r.model_folder) / part / "model.safetensors") for r in (start, plain, result))
+        moved = max(float((other[name] - old[name]).abs().max()) for name in old)
+        apart = max(float((other[name] - new[name]).abs().max()) for name in old)
+        assert apart < 0.01 * moved, part
+
+
+@pytest.mark.parametrize("zero", [2, 3])
 def test_two_workers_run_the_last_stage(
     data: Path, four_stages: list[StageResult], tmp_path: Path, ray_cluster: None, zero: int
 ) -> None:

@@ -12,6 +12,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from omnimri.models.prompts import instruction_for
 from omnimri.models.vocabulary import RESEARCH_NOTICE
 from omnimri.platform.language.description import Description
 from omnimri.serve.app import running_app
@@ -119,6 +120,9 @@ def test_an_answer_cut_short_is_no_list_of_boxes_and_says_so(client: httpx.Clien
 def test_a_report_as_a_description_is_decoded_under_its_schema(client: httpx.Client, nifti: Path) -> None:
     answer = post(client, "report", nifti, format="description").raise_for_status().json()
     assert all(field in answer["text"] for field in ("%json", *Description.model_fields))
+    assert answer["instruction"] == instruction_for("describe")
+    asked = post(client, "report", nifti, format="description", instruction="Describe this.").json()
+    assert asked["instruction"] == "Describe this."
     refused = post(client, "detect", nifti, format="description")
     assert refused.status_code == 422
     assert refused.json()["error"]["code"] == "unknown_format"
