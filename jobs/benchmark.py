@@ -125,6 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     sampling.set_defaults(file="sampling.json")
     steps.add_argument("corpora", nargs="+", type=Path, metavar="DIR", help="ingested corpora")
     steps.add_argument("--preset", default="tiny", choices=list(RECIPES), help="model and recipe (default: tiny)")
+    steps.add_argument("--stage", nargs="+", default=list(STAGES), choices=list(STAGES), help="default: all four")
     steps.add_argument("--repeats", type=int, default=5, metavar="N", help="steps whose median counts (default: 5)")
     _add_overrides(steps, "RunConfig, for example train.instruct.weights.instruct.study=1")
     quality.add_argument("corpora", nargs="+", type=Path, metavar="DIR", help="ingested corpora")
@@ -223,9 +224,9 @@ def _steps(args: argparse.Namespace) -> dict[str, Any]:
     """
     run = recipe(args.preset, "benchmark", args.corpora, Path())
     run = replace(run, stream=replace(run.stream, num_tasks=0, prefetch=0))
-    run = apply_overrides(run, expand_overrides(args.overrides, list(STAGES)))
+    run = apply_overrides(run, expand_overrides(args.overrides, args.stage))
     with ensure_ray() if run.stream.num_tasks else contextlib.nullcontext():
-        return benchmark_steps(run, repeats=args.repeats)
+        return benchmark_steps(run, repeats=args.repeats, stages=args.stage)
 
 
 def _quality(args: argparse.Namespace) -> None:
