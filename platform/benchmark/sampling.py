@@ -203,9 +203,10 @@ def sampling_figure(measured: Mapping[str, Any]) -> Figure:
         axes.plot(*zip(*points, strict=True), marker="o", color=f"C{colour}", label=f"{name}, OmniMRI")
         level = found["zero_filled"]["psnr"]
         axes.axhline(level, linestyle=":", color=f"C{colour}", label=f"{name}, zero-filled: {level:.1f} dB")
-        for number, (ms, psnr) in zip(found["steps"], points, strict=True):
-            text = f"{number} step{'s' * (number != '1')}\n{psnr:.2f}"
-            axes.annotate(text, (ms, psnr), (0, 7), textcoords="offset points", ha="center", fontsize=8)
+        for place, (number, point) in enumerate(zip(found["steps"], points, strict=True)):
+            text = f"{number} step{'s' * (number != '1')}\n{point[1]:.2f}"
+            above_or_below = (0, -24 if place % 2 else 7)  # neighbours may lie close
+            axes.annotate(text, point, above_or_below, textcoords="offset points", ha="center", fontsize=8)
     axes.set(
         xlabel=f"ms per slice ({measured['device']}, threads: {measured['threads']})", ylabel="PSNR, dB",
         title=f"{measured['volumes']} held-out volumes of {measured['patients']} patients",
