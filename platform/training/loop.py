@@ -84,7 +84,19 @@ def worker_process(job: StageJob, session: Session) -> Iterator[None]:
 def run_steps(bench: Bench, first_step: int) -> dict[str, Any]:
     """Optimizer steps `first_step` to the end; returns the last batch of each source."""
     train, meters = bench.train, Meters()
-    slots = bench.schedule.slots(first_step * train.accumulation)
+    last: dict[str, Any] = {}
+    set_training_mode(bench)
+    with labelled_batches(bench, first_step) as batches:
+        for step in range(first_step, train.steps):
+            optimizer_step(bench, step, batches, meters, last)
+            after_step(bench, step + 1, meters)
+    return last
+
+
+@contextlib.contextmanager
+def labelled_batches(bench: Bench, first_step: int) -> Iterator[Iterator[tuple[str, Any]]]:
+    """Source and batch of every forward pass from a step on; leaving stops what makes them."""
+    slots = bench.schedule.slots(first_step * bench.train.accumulation)
     stream = stream_batches(
         slots,
         bench.maker,
@@ -93,14 +105,8 @@ def run_steps(bench: Bench, first_step: int) -> dict[str, Any]:
         world_size=bench.session.world_size,
         config=bench.job.run.stream,
     )
-    last: dict[str, Any] = {}
-    set_training_mode(bench)
     with contextlib.closing(stream) as batches:
-        labelled = zip((slot.source for slot in slots), batches, strict=True)
-        for step in range(first_step, train.steps):
-            optimizer_step(bench, step, labelled, meters, last)
-            after_step(bench, step + 1, meters)
-    return last
+        yield zip((slot.source for slot in slots), batches, strict=True)
 
 
 def set_training_mode(bench: Bench) -> None:

@@ -162,7 +162,7 @@ def test_quality_without_a_time_or_a_folder_is_refused(tmp_path: Path, capsys: p
     assert training_seconds(tmp_path / "run" / "stage" / "model") is None
 
 
-@pytest.mark.parametrize("name", ["ingest", "sequences", "moe", "annotate", "text", "quality"])
+@pytest.mark.parametrize("name", ["ingest", "sequences", "moe", "annotate", "text", "sampling", "steps", "quality"])
 def test_every_benchmark_has_a_manual_and_refuses_the_options_of_others(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -170,8 +170,14 @@ def test_every_benchmark_has_a_manual_and_refuses_the_options_of_others(
         job.main([name, "--help"])
     assert stop.value.code == 0
     assert capsys.readouterr().out.startswith(f"usage: omnimri benchmark {name}")
-    needed = {"annotate": ["data", "--model", "m"], "text": ["data", "--model", "m"], "quality": ["data", "--out", "o"]}
-    foreign = ["--preset", "tiny=64"] if name != "moe" else ["--minutes", "1"]
+    needed = {
+        "annotate": ["data", "--model", "m"],
+        "text": ["data", "--model", "m"],
+        "sampling": ["data", "--model", "m", "--out", "o"],
+        "steps": ["data"],
+        "quality": ["data", "--out", "o"],
+    }
+    foreign = ["--patients", "1"] if name != "ingest" else ["--minutes", "1"]
     with pytest.raises(SystemExit):
         job.main([name, *needed.get(name, []), *foreign])
     assert f"unrecognized arguments: {foreign[0]}" in capsys.readouterr().err
