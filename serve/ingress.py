@@ -273,6 +273,10 @@ class Ingress:
             logger.info("request %s task %s status %s", request_id, task, status)
 
 
+_USUAL_TOKENS = {"text": 192, "description": 600}
+"""Length of an answer by its form, where the request says nothing."""
+
+
 def _usual_instruction(task: str, form: TextForm) -> str:
     """What is asked where the request says nothing: of a description, what training asks for one."""
     return instruction_for("describe" if form.format == "description" else task)
@@ -284,7 +288,8 @@ def _options(task: str, form: TextForm) -> dict[str, Any]:
     Raises:
         RequestError: 422 for a description of a task that is no report.
     """
-    options = {"max_new_tokens": form.max_new_tokens, "temperature": form.temperature, "seed": form.seed}
+    limit = form.max_new_tokens or _USUAL_TOKENS[form.format]
+    options = {"max_new_tokens": limit, "temperature": form.temperature, "seed": form.seed}
     if form.format == "text":
         return options
     if task != "report":

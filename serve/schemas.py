@@ -158,10 +158,10 @@ class SegmentForm(UploadForm):
 class TextForm(UploadForm):
     """Detection, diagnosis and report."""
 
-    max_new_tokens: int = Field(192, ge=1, le=2048)
+    max_new_tokens: int | None = Field(None, ge=1, le=2048, description="192 unless given; 600 of a description.")
     temperature: float = Field(0.0, ge=0.0, le=2.0, description="0 always takes the likeliest token.")
     format: Literal["text", "description"] = Field(
-        "text", description="Of a report: text, or the five-level description as JSON, which needs some 600 tokens."
+        "text", description="Of a report: text, or the five-level description as JSON."
     )
     stream: bool = Field(False, description="Answer as text/event-stream: `token` events, then one `answer`.")
 

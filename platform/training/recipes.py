@@ -73,7 +73,7 @@ def tiny_long(name: str, data: Sequence[Folder], out: Folder) -> RunConfig:
     }
     common: dict[str, Any] = {"rows_per_step": rows, "log_every": 20, "checkpoint_every": 500}
     # Labels decide what the encoder tells of lesions: self-supervision has seen too little of them in an hour.
-    vision = {"image": 0.1, "image.slices": 0.2, "image.labelled": 0.7}
+    vision = {"image": 0.05, "image.slices": 0.1, "image.labelled": 0.85}
     paired = {"paired": 1.0}
     instruct = {"instruct.reconstruct": 0.25, "instruct.segment": 0.35, "instruct.text": 0.4}
     return RunConfig(
