@@ -290,14 +290,14 @@ class Engine:
 
     @torch.inference_mode()
     def reconstruct(
-        self, scan: Scan, prompt: Prompt, *, num_steps: int = 2, seed: int = 0, num_samples: int = 1
+        self, scan: Scan, prompt: Prompt, *, num_steps: int = 1, seed: int = 0, num_samples: int = 1
     ) -> Reconstruction:
         """The image of an undersampled scan, one network for any acceleration and pattern of lines.
 
         Args:
             scan: With `kspace` and `mask`.
             prompt: From `encode(scan, ..., "reconstruct")`.
-            num_steps: Steps along the bridge, 1 to 50.
+            num_steps: Steps along the bridge, 1 to 50; what more cost and bring, `omnimri benchmark sampling` says.
             seed: Of the simulated acquisitions.
             num_samples: More than 1 add an uncertainty map, from so many simulated acquisitions of the image.
 

@@ -136,7 +136,7 @@ class UploadForm(BaseModel):
 class ReconstructForm(UploadForm):
     """Reconstruction from k-space."""
 
-    num_steps: int = Field(2, ge=1, le=8, description="Steps of the diffusion bridge.")
+    num_steps: int = Field(1, ge=1, le=8, description="Steps of the diffusion bridge.")
     num_samples: int = Field(1, ge=1, le=8, description="Samples; more than one adds an uncertainty map.")
     acceleration: int | None = Field(
         None, ge=2, le=16, description="Undersample a fully sampled file by this factor first, to try the model out."

@@ -32,7 +32,7 @@ class EvaluateConfig:
     sens_maps: Literal["acs", "espirit"] = "acs"
     """Coil maps of the baselines, the ceiling and the data residual (`physics.SENS_MAPS`); the model makes those that
     it was trained with. `espirit` takes seconds to half a minute for a slice of a clinical matrix: set max_slices."""
-    reconstruct_steps: int = 2
+    reconstruct_steps: int = 1
     """Network evaluations of the image decoder for one reconstruction."""
     uncertainty_samples: int = 4
     """Simulated acquisitions behind the uncertainty map that is held against the error; 0 leaves it out."""
