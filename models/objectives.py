@@ -43,7 +43,7 @@ class LossWeights:
     local_crops: int = 0
     """Stage 1: crops of half the width and height that instance discrimination sees beside two whole views; each costs
     about an eighth of the step (SwAV, arXiv 2006.09882)."""
-    labels: float = 0.0
+    labels: float = 1.0
     """Stage 1: labels of patches, in the steps that the source `image.labelled` gets; they have this loss alone."""
     mask_ratio: float = 0.6
     """Stage 1: share of token-sized blocks that are masked."""
@@ -68,17 +68,13 @@ class VisionPretraining(nn.Module):
     def __init__(self, model: OmniMRI, weights: LossWeights, changes: AugmentConfig | None = None) -> None:
         super().__init__()
         self.model, self.weights, self.changes = model, weights, changes or AugmentConfig()
-        self.label_head = LabelHead(pyramid_channels(model.config), len(DENSE_LABELS)) if weights.labels else None
+        self.label_head = LabelHead(pyramid_channels(model.config), len(DENSE_LABELS))
 
     def forward(self, batch: Batch) -> Losses:
         """`batch`: `volume` `(B, 1, D, H, W)`, and `attributes` `(B, A)`, or `labels` and `known` of `label_loss`."""
         return self._label_losses(batch) if "labels" in batch else self._self_supervised_losses(batch)
 
     def _label_losses(self, batch: Batch) -> Losses:
-        if self.label_head is None:
-            raise ValueError(
-                "The source image.labelled needs LossWeights.labels above 0 (train.vision.objective), found 0."
-            )
         logits = self.label_head(self.model.vision(augment(batch["volume"], self.changes)))
         loss = label_loss(logits, batch["labels"], batch["known"])
         return {"loss": self.weights.labels * loss, "loss_labels": loss}

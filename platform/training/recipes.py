@@ -22,6 +22,7 @@ def tiny(name: str, data: Sequence[Folder], out: Folder) -> RunConfig:
     rows: dict[str, int] = {
         "image": 2,
         "image.slices": 4,
+        "image.labelled": 2,
         "paired": 8,
         "paired.interleaved": 3,
         "paired.slices": 4,
@@ -34,6 +35,7 @@ def tiny(name: str, data: Sequence[Folder], out: Folder) -> RunConfig:
     weights: dict[str, float] = {
         "image": 0.3,
         "image.slices": 0.7,
+        "image.labelled": 0.0,
         "paired": 1.0,
         "paired.interleaved": 0.0,
         "paired.slices": 0.0,
@@ -82,7 +84,7 @@ def tiny_long(name: str, data: Sequence[Folder], out: Folder) -> RunConfig:
         data=_absolute(data),
         out=_absolute([out])[0],
         train=StageConfigs(
-            vision=TrainConfig(steps=6000, lr=2e-3, weights=vision, objective={"labels": 1.0}, **common),
+            vision=TrainConfig(steps=6000, lr=2e-3, weights=vision, **common),
             align=TrainConfig(steps=200, lr=5e-4, weight_decay=0.1, weights=paired, **common),
             multimodal=TrainConfig(steps=200, lr=1e-3, weight_decay=0.1, weights=paired | _ONLY_TEXT, **common),
             instruct=TrainConfig(steps=2500, lr=1e-3, lr_scale={"image_decoder": 2.0}, weights=instruct, **common),
@@ -147,6 +149,7 @@ def _large(
     rows: dict[str, int] = {
         "image": 8 * workers,
         "image.slices": 8 * workers,
+        "image.labelled": 2 * workers,
         "paired": 16 * workers,
         "paired.interleaved": 4 * workers,
         "paired.slices": 4 * workers,
