@@ -269,9 +269,9 @@ _OF_VOLUMES = ("segment_dims", "patch_shape", "patch_overlap", "flat_levels")
 
 def _model_settings(model: OmniMRIConfig) -> dict[str, Any]:
     settings = _plain(asdict(model))
-    if model.image_decoder.segment_dims == 2:
-        for name in _OF_VOLUMES:
-            del settings["image_decoder"][name]
+    decoder = settings.get("image_decoder", {})
+    if decoder.get("segment_dims") == 2:
+        settings["image_decoder"] = {name: value for name, value in decoder.items() if name not in _OF_VOLUMES}
     return settings
 
 
