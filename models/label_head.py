@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from omnimri.models.vision import spread
+
 _LEVEL_WEIGHTS = (1.0, 1.0, 1.0, 0.5, 0.25)
 _PRESENT_WEIGHT = 5.0
 """A place that holds a label counts as much as this many that do not."""
@@ -34,7 +36,9 @@ class LabelHead(nn.Module):
         for level, features in zip(reversed(self.levels), reversed(pyramid), strict=True):
             normed = F.layer_norm(features.movedim(1, -1).float(), features.shape[1:2])
             own = level(normed).movedim(-1, 1)
-            logits.append(own + _spread(logits[-1], own.shape[2:]) if logits else own)
+            if logits:
+                own = own + spread(logits[-1], 1 if own.shape == logits[-1].shape else 2, own)
+            logits.append(own)
         return logits[::-1]
 
 
@@ -47,19 +51,12 @@ def label_loss(logits: Sequence[Tensor], labels: Tensor, known: Tensor) -> Tenso
         known: Bool `(B, L)`: labels that somebody looked for; the others do not count.
     """
     counts = known[..., None, None, None].float()
-    total = torch.zeros((), device=labels.device)
+    total, present = torch.zeros((), device=labels.device), labels.float()
     for weight, level in zip(_LEVEL_WEIGHTS, logits, strict=True):
-        stride = [-(-size // cells) for size, cells in zip(labels.shape[2:], level.shape[2:], strict=True)]
-        present = F.max_pool3d(labels.float(), stride, ceil_mode=True)
+        # From level to level, as the encoder merges: an odd number of places leaves a last one that is half empty.
+        merged = [-(-fine // coarse) for fine, coarse in zip(present.shape[2:], level.shape[2:], strict=True)]
+        present = F.max_pool3d(present, merged, ceil_mode=True)
         loss = F.binary_cross_entropy_with_logits(level, present, reduction="none")
         loss = loss * (1 + (_PRESENT_WEIGHT - 1) * present) * counts
         total = total + weight * loss.sum() / (counts.sum().clamp_min(1) * level[0, 0].numel())
     return total
-
-
-def _spread(coarse: Tensor, shape: Sequence[int]) -> Tensor:
-    """Values of a coarse grid at the places of one that is at most twice as fine."""
-    for axis, size in zip((2, 3, 4), shape, strict=True):
-        if coarse.shape[axis] != size:
-            coarse = coarse.repeat_interleave(2, dim=axis).narrow(axis, 0, size)
-    return coarse

@@ -80,12 +80,12 @@ def visual_tokens(pyramid: list[Tensor], level: int = 4) -> Tensor:
 
     A finer map than the coarsest is joined by that one, each normed alone: where something is, and what it is part of.
     """
-    maps = pyramid[-1:] if level == 4 else [pyramid[level], _spread(pyramid[-1], 2 ** (3 - level), pyramid[level])]
+    maps = pyramid[-1:] if level == 4 else [pyramid[level], spread(pyramid[-1], 2 ** (3 - level), pyramid[level])]
     tokens = [rearrange(m, "b v d h w -> b (d h w) v").float() for m in maps]
     return torch.cat([nn.functional.layer_norm(t, t.shape[-1:]) for t in tokens], dim=-1)
 
 
-def _spread(coarse: Tensor, factor: int, fine: Tensor) -> Tensor:
+def spread(coarse: Tensor, factor: int, fine: Tensor) -> Tensor:
     """Each place of a map `(B, V, d, h, w)` repeated over those of a finer one that were merged into it."""
     for axis in (2, 3, 4):
         coarse = coarse.repeat_interleave(factor, dim=axis).narrow(axis, 0, fine.shape[axis])
