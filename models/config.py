@@ -233,7 +233,7 @@ def tiny() -> OmniMRIConfig:
 
 
 def tiny_long() -> OmniMRIConfig:
-    """`tiny` with visual tokens of half the edge, eight times as many: text that tells of lesions, in an hour."""
+    """`tiny` with visual tokens of half the edge, seven times as many: meant for text that tells of lesions."""
     model = tiny()
     return replace(model, preset="tiny-long", vision=replace(model.vision, token_level=2))
 

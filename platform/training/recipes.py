@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,34 +61,26 @@ def tiny(name: str, data: Sequence[Folder], out: Folder) -> RunConfig:
 
 
 def tiny_long(name: str, data: Sequence[Folder], out: Folder) -> RunConfig:
-    """All four stages on two CPU cores, in about an hour; for the built-in corpus with 200 patients or more.
+    """All four stages on two CPU cores, meant for an hour; for the built-in corpus with 200 patients or more.
 
     Command: `omnimri train --stage all --preset tiny-long --data DIR --out RUNDIR`
     """
-    rows: dict[str, int] = {
-        "image": 2,
-        "image.slices": 4,
-        "image.labelled": 2,
-        "paired": 8,
-        "instruct.reconstruct": 2,
-        "instruct.segment": 2,
-        "instruct.text": 8,
-    }
-    common: dict[str, Any] = {"rows_per_step": rows, "log_every": 20, "checkpoint_every": 500}
+    short = tiny(name, data, out)
+
+    def longer(stage: TrainConfig, steps: int, **changes: Any) -> TrainConfig:
+        return replace(stage, steps=steps, log_every=20, checkpoint_every=500, **changes)
+
     # Labels decide what the encoder tells of lesions: self-supervision has seen too little of them in an hour.
     vision = {"image": 0.05, "image.slices": 0.1, "image.labelled": 0.85}
-    paired = {"paired": 1.0}
     instruct = {"instruct.reconstruct": 0.25, "instruct.segment": 0.35, "instruct.text": 0.4}
-    return RunConfig(
-        name=name,
+    return replace(
+        short,
         model=preset("tiny-long"),
-        data=_absolute(data),
-        out=_absolute([out])[0],
         train=StageConfigs(
-            vision=TrainConfig(steps=6000, lr=2e-3, weights=vision, **common),
-            align=TrainConfig(steps=200, lr=5e-4, weight_decay=0.1, weights=paired, **common),
-            multimodal=TrainConfig(steps=200, lr=1e-3, weight_decay=0.1, weights=paired | _ONLY_TEXT, **common),
-            instruct=TrainConfig(steps=2500, lr=1e-3, lr_scale={"image_decoder": 2.0}, weights=instruct, **common),
+            vision=longer(short.train.vision, 6000, lr=2e-3, weights=short.train.vision.weights | vision),
+            align=longer(short.train.align, 200),
+            multimodal=longer(short.train.multimodal, 200),
+            instruct=longer(short.train.instruct, 2500, weights=short.train.instruct.weights | instruct),
         ),
         scaling=ScalingConfig(num_workers=2),
         view={"patches_per_sample": 8},
