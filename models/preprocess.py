@@ -152,8 +152,8 @@ class Preprocess:
         A voxel has the label where at least half of it has; where that leaves nothing, its fullest voxel keeps it.
         """
         share = self._on_volume_grid(to_canonical(labels.astype(np.float32), scan.affine))
-        most = float(share.max())
-        return pad_or_crop(share >= min(0.5, most) if most else share > 0, self.inputs.volume_shape)[0]
+        has_it = (share > 0) & (share >= min(0.5, float(share.max())))
+        return pad_or_crop(has_it, self.inputs.volume_shape)[0]
 
     def _on_volume_grid(self, canonical: Canonical) -> Tensor:
         """Values at the volume's spacing, `(1, D', H', W')`, before they are padded to its shape."""

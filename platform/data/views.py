@@ -147,7 +147,7 @@ def labelled_sample(row: Row, rng: np.random.Generator, options: ViewOptions) ->
 
 
 def _patch_shape(shape: Sequence[int]) -> tuple[int, int, int]:
-    """A third of the depth and half of the plane, in whole eights, which the encoder's mergings divide."""
+    """A third of the depth and half of the plane, in whole eights."""
     z, y, x = (min(size, -(-size // (8 * parts)) * 8) for size, parts in zip(shape, (3, 2, 2), strict=True))
     return z, y, x
 

@@ -36,6 +36,18 @@ def test_the_same_t1_is_the_same_input_in_every_map() -> None:
         assert preprocess.slices(weighted).slices[1, 2, 3] != pytest.approx(0.812)
 
 
+def test_a_label_on_the_volumes_grid_is_the_larger_half_and_never_lost() -> None:
+    """Voxels of the volume hold two by two of the scan: three of four are enough, one alone is kept, none is none."""
+    coarse = Preprocess(replace(NATIVE, volume_shape=(4, 6, 5), volume_spacing_mm=(3.0, 4.0, 4.0)))
+    labels = np.zeros((4, 12, 10), bool)
+    assert not coarse.volume_labels(labels, t1_map(0)).any()
+    labels[1, 3, 4] = True
+    assert coarse.volume_labels(labels, t1_map(0)).nonzero().tolist() == [[1, 1, 2]]
+    labels[2, 4:6, 6:8] = True
+    labels[2, 5, 7] = False
+    assert coarse.volume_labels(labels, t1_map(0)).nonzero().tolist() == [[2, 2, 3]]
+
+
 def test_a_map_in_seconds_and_one_in_milliseconds_are_one_input() -> None:
     preprocess, scan = Preprocess(NATIVE), t1_map(0)
     seconds = replace(scan, image=scan.image / 1000, facts={**scan.facts, "quantity_unit": "s"})

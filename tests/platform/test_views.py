@@ -140,7 +140,7 @@ def test_patches_carry_the_labels_of_their_voxels_mirrored_with_them(rows: list[
     assert labels.shape == (4, len(DENSE_LABELS), 8, 16, 16)
     np.testing.assert_array_equal(shown > 0, labels[:, DENSE_LABELS.index("white matter")])
     lesion = labels[:, DENSE_LABELS.index(LESION)]
-    assert lesion[::2].any(axis=(1, 2, 3)).all()
+    assert lesion[:2].any(axis=(1, 2, 3)).all()
     np.testing.assert_array_equal(lesion, labels[:, [DENSE_LABELS.index(f) for f in FINDINGS]].any(1))
 
 

@@ -39,7 +39,7 @@ class KnownAnswers:
     def encode(self, scan: Scan, instruction: str, task: str) -> Prompt:
         if scan.image.max() == 0:
             raise ValueError("The scan is empty.")
-        answer = "Normal brain. No lesion."
+        answer = "Normal brain. No lesion." * (20 if instruction == "At length." else 1)
         if task == "detect":
             coder = BoxCoder(scan, self.preprocess)
             answer = boxes_to_text([Box(label="old infarct", side="left", box_voxel=BOX)], coder)

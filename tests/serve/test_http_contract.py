@@ -123,6 +123,10 @@ def test_a_report_as_a_description_is_decoded_under_its_schema(client: httpx.Cli
     assert answer["instruction"] == instruction_for("describe")
     asked = post(client, "report", nifti, format="description", instruction="Describe this.").json()
     assert asked["instruction"] == "Describe this."
+    cut = "The answer was cut at max_new_tokens."  # of 480 tokens here
+    described, told = ({"instruction": "At length.", "format": form} for form in ("description", "text"))
+    assert cut not in post(client, "report", nifti, **described).json()["warnings"]
+    assert cut in post(client, "report", nifti, **told).json()["warnings"]
     refused = post(client, "detect", nifti, format="description")
     assert refused.status_code == 422
     assert refused.json()["error"]["code"] == "unknown_format"
