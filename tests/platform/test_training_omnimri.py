@@ -26,7 +26,7 @@ from omnimri.platform.data.shards import Shards, load_row, row_to_scan
 from omnimri.platform.data.stream import StreamConfig
 from omnimri.platform.training.config import RunConfig, ScalingConfig, StageConfigs
 from omnimri.platform.training.recipes import recipe
-from omnimri.platform.training.stages import STAGES
+from omnimri.platform.training.stages import PARTS, STAGES
 from omnimri.platform.training.trainer import StageResult, run_stage, run_stages
 from omnimri.platform.training.zero import ZeroConfig
 from tests.platform.shards_fakes import write_shards
@@ -99,6 +99,15 @@ def test_fine_tokens_pass_every_stage_and_the_encoder_learns_where_it_is_asked_t
     results = run_stages(list(STAGES), replace(run, model=model, train=StageConfigs(**stages)))
     changes = [_changed(before, after, "vision") for before, after in itertools.pairwise(results)]
     assert changes == [False, False, True]
+
+
+def test_the_first_stage_learns_from_labels(data: Path, tmp_path: Path) -> None:
+    """From shards to the model folder, which has no trace of the head that read the labels."""
+    run = smallest_run(data, tmp_path)
+    stage = replace(run.train.vision, steps=12, lr=3e-3, weights={"image.labelled": 1.0})
+    result = run_stage("vision", replace(run, train=replace(run.train, vision=stage)))
+    assert result.losses["loss_labels"]["last_tenth"] < 0.8 * result.losses["loss_labels"]["first_tenth"]
+    assert set(OmniMRI.load(result.model_folder).parts()) == set(PARTS)
 
 
 def test_a_decoder_of_volumes_learns_from_patches_and_answers_scans(
