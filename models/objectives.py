@@ -44,7 +44,8 @@ class LossWeights:
     """Stage 1: crops of half the width and height that instance discrimination sees beside two whole views; each costs
     about an eighth of the step (SwAV, arXiv 2006.09882)."""
     labels: float = 1.0
-    """Stage 1: labels of patches, in the steps that the source `image.labelled` gets; they have this loss alone."""
+    """Stage 1: labels of patches and slices, in the steps that the sources `image.labelled` and `image.labelled_slices`
+    get; they have this loss alone."""
     mask_ratio: float = 0.6
     """Stage 1: share of token-sized blocks that are masked."""
     visual: float = 0.5

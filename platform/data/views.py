@@ -128,16 +128,38 @@ def labelled_sample(row: Row, rng: np.random.Generator, options: ViewOptions) ->
     Half of them lie about a lesion where the volume has one; each may be mirrored.
     """
     scan = row_to_scan(row)
-    names: dict[int, str] = row["label_names"]
     volume = options.preprocess.volume(scan).volume[0]
-    masks = {name: structure_mask(row["label_map"], names, name) for name in DENSE_LABELS}
-    labels = {name: options.preprocess.volume_labels(mask, scan) for name, mask in masks.items()}
+    labels = _dense_labels(row, lambda mask: options.preprocess.volume_labels(mask, scan))
     foreground = labels[LESION] if labels[LESION].any() else volume > volume.min()
     shape = _patch_shape(volume.shape)
     corners = draw_corners(foreground.numpy(), shape, options.patches_per_sample, rng)
-    cut = torch.stack([cut_patches(array.float(), corners, shape, 0.0) for array in (volume, *labels.values())], dim=1)
+    patches = [cut_patches(array.float(), corners, shape, 0.0) for array in (volume, *labels.values())]
+    return _labelled(row, torch.stack(patches, dim=1), rng)
+
+
+def labelled_slices_sample(row: Row, rng: np.random.Generator, options: ViewOptions) -> Sample:
+    """Slices of one volume as volumes of depth one, with the fields of `labelled_sample`.
+
+    Half of them show a lesion where the volume has one; each may be mirrored.
+    """
+    scan = row_to_scan(row)
+    source = options.preprocess.slices(scan)
+    labels = _dense_labels(row, lambda mask: torch.as_tensor(options.preprocess.slice_labels(mask, scan, source.axis)))
+    cut = _drawn_slices(labels[LESION], source.slices > source.slices.min(), rng, options)
+    slices = [cut(array).float() for array in (source.slices, *labels.values())]
+    return _labelled(row, torch.stack(slices, dim=1)[:, :, None], rng)
+
+
+def _dense_labels(row: Row, on_grid: Callable[[np.ndarray], torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Masks of what stage 1 is told of, by name; empty where nobody looked."""
+    return {name: on_grid(structure_mask(row["label_map"], row["label_names"], name)) for name in DENSE_LABELS}
+
+
+def _labelled(row: Row, cut: torch.Tensor, rng: np.random.Generator) -> Sample:
+    """Fields of a labelled sample from image and labels `(P, 1 + L, d, h, w)`, half of them mirrored."""
     mirrored = rng.random(len(cut)) < 0.5
     cut[mirrored] = cut[mirrored].flip(-1)
+    names: dict[int, str] = row["label_names"]
     known = np.isin(DENSE_LABELS, [*segmentable(names), *map(plain_name, names.values())])
     return {
         "volumes": cut[:, :1].numpy(),
@@ -448,6 +470,12 @@ SOURCES: dict[str, Source] = {
         columns=(*_FACTS, "label_map", "label_names"),
         accepts=lambda ref: ref.has_labels,
         make=labelled_sample,
+    ),
+    "image.labelled_slices": Source(
+        kind="image",
+        columns=(*_FACTS, "label_map", "label_names"),
+        accepts=lambda ref: ref.has_labels,
+        make=labelled_slices_sample,
     ),
     "paired": Source(
         kind="paired",

@@ -20,6 +20,7 @@ DEFAULT_WEIGHTS: Mapping[str, float] = {
     "image": 0.5,
     "image.slices": 0.5,
     "image.labelled": 0.0,
+    "image.labelled_slices": 0.0,
     "paired": 1.0,
     "paired.interleaved": 0.0,
     "paired.slices": 0.0,

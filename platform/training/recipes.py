@@ -24,6 +24,7 @@ def tiny(name: str, data: Sequence[Folder], out: Folder) -> RunConfig:
         "image": 2,
         "image.slices": 4,
         "image.labelled": 2,
+        "image.labelled_slices": 2,
         "paired": 8,
         "paired.interleaved": 3,
         "paired.slices": 4,
@@ -37,6 +38,7 @@ def tiny(name: str, data: Sequence[Folder], out: Folder) -> RunConfig:
         "image": 0.3,
         "image.slices": 0.7,
         "image.labelled": 0.0,
+        "image.labelled_slices": 0.0,
         "paired": 1.0,
         "paired.interleaved": 0.0,
         "paired.slices": 0.0,
@@ -71,7 +73,7 @@ def tiny_long(name: str, data: Sequence[Folder], out: Folder) -> RunConfig:
         return replace(stage, steps=steps, log_every=20, checkpoint_every=500, **changes)
 
     # Labels decide what the encoder tells of lesions: self-supervision has seen too little of them in an hour.
-    vision = {"image": 0.05, "image.slices": 0.1, "image.labelled": 0.85}
+    vision = {"image": 0.05, "image.slices": 0.1, "image.labelled": 0.5, "image.labelled_slices": 0.35}
     instruct = {"instruct.reconstruct": 0.25, "instruct.segment": 0.35, "instruct.text": 0.4}
     return replace(
         short,
@@ -143,6 +145,7 @@ def _large(
         "image": 8 * workers,
         "image.slices": 8 * workers,
         "image.labelled": 2 * workers,
+        "image.labelled_slices": 2 * workers,
         "paired": 16 * workers,
         "paired.interleaved": 4 * workers,
         "paired.slices": 4 * workers,

@@ -1,5 +1,6 @@
 """Samples for segmentation: every instruction gets the mask of the structure it names."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +17,7 @@ from omnimri.platform.data.shards import Shards, load_row, row_to_scan
 from omnimri.platform.data.views import (
     ViewOptions,
     labelled_sample,
+    labelled_slices_sample,
     reconstruction_sample,
     segmentation_sample,
     structure_mask,
@@ -131,13 +133,19 @@ def test_boxes_without_outline_are_no_reference_for_segmentation() -> None:
     assert not reference_masks({**row, "boxes": []})[LESION].any()
 
 
-def test_patches_carry_the_labels_of_their_voxels_mirrored_with_them(rows: list[dict]) -> None:
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [(labelled_sample, (4, len(DENSE_LABELS), 8, 16, 16)), (labelled_slices_sample, (4, len(DENSE_LABELS), 1, 32, 32))],
+)
+def test_patches_and_slices_carry_the_labels_of_their_voxels_mirrored_with_them(
+    rows: list[dict], make: Callable, shape: tuple[int, ...]
+) -> None:
     """White matter is one value of a made-up image: where the patch shows it, the patch's label says so."""
     ill = next(row for row in rows if structure_mask(row["label_map"], row["label_names"], LESION).any())
     white = structure_mask(ill["label_map"], ill["label_names"], "white matter")
-    sample = labelled_sample({**ill, "image": np.where(white, 3.0, 1.0)}, np.random.default_rng(0), options(1))
+    sample = make({**ill, "image": np.where(white, 3.0, 1.0)}, np.random.default_rng(0), options(4))
     shown, labels = sample["volumes"][:, 0], sample["labels"]
-    assert labels.shape == (4, len(DENSE_LABELS), 8, 16, 16)
+    assert labels.shape == shape
     np.testing.assert_array_equal(shown > 0, labels[:, DENSE_LABELS.index("white matter")])
     lesion = labels[:, DENSE_LABELS.index(LESION)]
     assert lesion[:2].any(axis=(1, 2, 3)).all()
