@@ -73,13 +73,13 @@ def tiny_long(name: str, data: Sequence[Folder], out: Folder) -> RunConfig:
         return replace(stage, steps=steps, log_every=20, checkpoint_every=500, **changes)
 
     # Labels decide what the encoder tells of lesions: self-supervision has seen too little of them in an hour.
-    vision = {"image": 0.05, "image.slices": 0.1, "image.labelled": 0.5, "image.labelled_slices": 0.35}
+    vision = {"image": 0.05, "image.slices": 0.05, "image.labelled": 0.5, "image.labelled_slices": 0.4}
     instruct = {"instruct.reconstruct": 0.25, "instruct.segment": 0.35, "instruct.text": 0.4}
     return replace(
         short,
         model=preset("tiny-long"),
         train=StageConfigs(
-            vision=longer(short.train.vision, 6000, lr=2e-3, weights=short.train.vision.weights | vision),
+            vision=longer(short.train.vision, 5000, lr=2e-3, weights=short.train.vision.weights | vision),
             align=longer(short.train.align, 200),
             multimodal=longer(short.train.multimodal, 200),
             instruct=longer(short.train.instruct, 2500, weights=short.train.instruct.weights | instruct),
