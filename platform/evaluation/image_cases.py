@@ -220,14 +220,24 @@ def segmentation_values(reference: Mapping[str, np.ndarray], predicted: Mapping[
     """Dice per structure and its mean over tissues; lesions by presence, because most volumes have none.
 
     `dice_lesion` is scored where the reference holds a lesion; `lesion_false_alarm` is 1 or 0 where it holds none.
+    Of the structures that are there and got a mask (`num_drawn`), `num_drawn_right` are overlapped more by their mask
+    than any other structure is.
     """
     scores = {name: metrics.dice(mask, predicted[name]) for name, mask in reference.items()}
     tissues = [scores[name] for name in TISSUES if name in scores and not math.isnan(scores[name])]
     values = {f"dice_{name.replace(' ', '_')}": scores.get(name, math.nan) for name in TISSUES}
     present = LESION in reference and bool(reference[LESION].any())
     healthy = LESION in reference and not present
+    drawn = [name for name, mask in reference.items() if mask.any() and predicted[name].any()]
     return values | {
         "dice_tissues": float(np.mean(tissues)) if tissues else math.nan,
         "dice_lesion": scores[LESION] if present else math.nan,
         "lesion_false_alarm": float(predicted[LESION].any()) if healthy else math.nan,
+        "num_drawn": len(drawn),
+        "num_drawn_right": sum(_overlapped_most(reference, predicted[name]) == name for name in drawn),
     }
+
+
+def _overlapped_most(reference: Mapping[str, np.ndarray], mask: np.ndarray) -> str:
+    """The structure of a reference that a mask is most like, by Dice."""
+    return max((name for name in reference if reference[name].any()), key=lambda n: metrics.dice(reference[n], mask))

@@ -135,6 +135,11 @@ METRICS: dict[str, dict[str, Metric]] = {
             "Lesion drawn where none is", _mean("lesion_false_alarm"), ("lesion_false_alarm",),
             "Share of lesion-free volumes with at least one voxel called lesion.", "", 3, False,
         ),
+        "right_structure": Metric(
+            "Structure asked for", _ratio("num_drawn_right", "num_drawn"), ("num_drawn",),
+            "Of the structures that are there and got a mask, those that it overlaps more than any other, by Dice.",
+            undefined="no mask was drawn",
+        ),
         "seconds": _SECONDS,
     },
     "detect": {
@@ -226,6 +231,10 @@ METRICS: dict[str, dict[str, Metric]] = {
         "same_labels": Metric(
             "Reports with the same labels", _mean("agrees"), ("agrees",), "Including those rightly without findings."
         ),
+        "cleared": Metric(
+            "Normal reports kept normal", _mean("cleared"), ("cleared",),
+            "Volumes whose reference tells of no finding and whose report asserts none.",
+        ),
         "bleu4": Metric("BLEU-4", _mean("bleu4"), ("bleu4",), "sacrebleu, sentence level."),
         "rouge_l": Metric("ROUGE-L", _mean("rouge_l"), ("rouge_l",), "rouge-score, F-measure."),
         "seconds": _SECONDS,
@@ -243,10 +252,10 @@ HEADLINE = {
 
 QUALITY = {
     "reconstruct": ("psnr", "ssim"),
-    "segment": ("dice_tissues", "dice_lesion"),
+    "segment": ("dice_tissues", "dice_lesion", "lesion_false_alarm", "right_structure"),
     "detect": ("sensitivity_1fp", "side_accuracy"),
     "diagnose": ("macro_auroc",),
-    "report": ("finding_f1", "hallucination_rate", "omission_rate"),
+    "report": ("finding_f1", "hallucination_rate", "omission_rate", "cleared"),
 }
 """Metrics on which the model is compared with specialists."""
 

@@ -245,7 +245,8 @@ def report_values(reference: str, answer: str) -> dict[str, float]:
     """Label counts of one report, and the lexical scores whose package is installed."""
     counts = compare_reports(reference, answer)
     lexical = {name: math.nan if missing_package(name) else score(reference, answer) for name, score in LEXICAL.items()}
-    return asdict(counts) | {"agrees": float(counts.agrees), "case_f1": _case_f1(counts)} | lexical
+    cleared = math.nan if counts.reference else float(counts.predicted == 0)
+    return asdict(counts) | {"agrees": float(counts.agrees), "cleared": cleared, "case_f1": _case_f1(counts)} | lexical
 
 
 def _case_f1(counts: ReportCounts) -> float:

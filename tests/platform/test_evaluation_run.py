@@ -11,6 +11,7 @@ import pytest
 
 from omnimri.models.boxes import Box
 from omnimri.models.detection import read_detection
+from omnimri.models.vocabulary import LESION
 from omnimri.platform.data.shards import Shards
 from omnimri.platform.evaluation.baselines import SenseSetting
 from omnimri.platform.evaluation.calibration import fit_platt
@@ -18,8 +19,9 @@ from omnimri.platform.evaluation.cases import BLANK, MODEL, CaseContext, CaseRes
 from omnimri.platform.evaluation.config import EvaluateConfig
 from omnimri.platform.evaluation.evaluate import evaluate, log_evaluation, plan, spread_over_patients
 from omnimri.platform.evaluation.floors import shuffled
+from omnimri.platform.evaluation.image_cases import segmentation_values
 from omnimri.platform.evaluation.summary import format_table, summarise
-from omnimri.platform.evaluation.text_cases import box_table
+from omnimri.platform.evaluation.text_cases import box_table, report_values
 from omnimri.platform.evaluation.workers import RUNNERS
 from omnimri.platform.tracking import Tracker, connect
 from tests.platform.evaluation_fakes import KnowingLoader, phantom_row, write_phantoms
@@ -206,6 +208,25 @@ def test_empty_masks_score_zero_where_there_is_tissue_and_nothing_where_there_is
     assert healthy["dice_tissues"] == 0.0
     assert np.isnan(healthy["dice_lesion"])
     assert healthy["lesion_false_alarm"] == 0.0
+
+
+def test_a_mask_counts_for_the_structure_that_it_covers_most() -> None:
+    grey, white, empty = (np.arange(8).reshape(2, 4) // 3 == part for part in range(3))
+    empty[:] = False
+    reference = {"grey matter": grey, "white matter": white, LESION: empty}
+    for answer, expected in (
+        ({"grey matter": grey, "white matter": white}, (2, 2)),
+        ({"grey matter": white, "white matter": white}, (2, 1)),
+        ({"grey matter": empty, "white matter": white}, (1, 1)),
+    ):
+        values = segmentation_values(reference, {**answer, LESION: empty})
+        assert (values["num_drawn"], values["num_drawn_right"]) == expected
+
+
+def test_a_healthy_case_is_cleared_by_a_report_without_findings() -> None:
+    normal, ill = "No focal lesion is seen.", "There is an old infarct in the left frontal lobe."
+    assert [report_values(normal, answer)["cleared"] for answer in (normal, ill)] == [1.0, 0.0]
+    assert np.isnan(report_values(ill, normal)["cleared"])
 
 
 def test_a_lesion_on_the_patients_left_is_shown_at_the_viewers_right() -> None:
