@@ -23,7 +23,7 @@ from omnimri.models.metrics import patient_bootstrap
 from omnimri.models.prompts import instruction_for
 from omnimri.models.scan import Scan
 from omnimri.platform.data.shards import Shards, load_row, row_to_scan
-from omnimri.platform.data.views import center_fraction_for
+from omnimri.platform.data.undersampling import center_fraction_for
 from omnimri.platform.evaluation import baselines
 from omnimri.platform.evaluation.cases import columns_of, timed
 from omnimri.platform.evaluation.config import EvaluateConfig

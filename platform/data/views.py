@@ -19,19 +19,14 @@ import torch
 
 from omnimri.models import special_tokens as special
 from omnimri.models.instructions import FOREIGN_STRUCTURES, NEAR
-from omnimri.models.physics import (
-    SenseOperator,
-    estimate_sens_maps,
-    ifft2c,
-    root_sum_of_squares,
-    undersampling_mask,
-)
-from omnimri.models.preprocess import Preprocess, scale_kspace
+from omnimri.models.physics import SenseOperator, root_sum_of_squares
+from omnimri.models.preprocess import Preprocess
 from omnimri.models.resample import pad_or_crop
 from omnimri.models.scan import Scan
 from omnimri.models.vocabulary import CONTRASTS, DENSE_LABELS, LESION, PLANES
 from omnimri.platform.data.patches import cut_patches, draw_corners
 from omnimri.platform.data.shards import RowRef, row_to_scan
+from omnimri.platform.data.undersampling import reconstruction_arrays, undersample
 from omnimri.platform.language.evidence import Evidence
 from omnimri.platform.language.instruct import (
     draw_text_pair,
@@ -101,11 +96,6 @@ class Source:
     """Of a row; with `by_study` of a `LoadRow` for each row of a study that is accepted."""
     by_study: bool = False
     """A sample shows several rows of one study."""
-
-
-def center_fraction_for(acceleration: int) -> float:
-    """Share of fully sampled centre lines, as fastMRI pairs them: 8 % up to fourfold, 4 % beyond."""
-    return 0.08 if acceleration <= 4 else 0.04
 
 
 def image_sample(row: Row, _: np.random.Generator, options: ViewOptions) -> Sample:
@@ -283,37 +273,6 @@ def reconstruction_sample(row: Row, rng: np.random.Generator, options: ViewOptio
         "instruction": reconstruct_pair(rng).instruction,
         "facts": drawn_context(Evidence.of_row(row), rng, is_text=False, acceleration=acceleration),
     }  # fmt: skip
-
-
-def undersample(scan: Scan, *, acceleration: int, kind: str, seed: int) -> Scan:
-    """A fully sampled scan as if only some phase-encoding lines had been acquired; its image becomes zero-filled."""
-    assert scan.kspace is not None
-    mask = undersampling_mask(
-        scan.kspace.shape[-1],
-        acceleration=acceleration,
-        center_fraction=center_fraction_for(acceleration),
-        kind=kind,
-        seed=seed,
-    )
-    kspace = scan.kspace * mask
-    image = root_sum_of_squares(ifft2c(torch.from_numpy(kspace))).numpy()
-    return Scan(image=image, affine=scan.affine, kspace=kspace, mask=mask, facts=scan.facts)
-
-
-def reconstruction_arrays(scan: Scan, slices: np.ndarray, sens_maps: str = "acs") -> dict[str, np.ndarray]:
-    """Measured k-space, mask and coil maps of some slices, with the scale they were divided by."""
-    assert scan.kspace is not None
-    assert scan.mask is not None
-    kspace = torch.from_numpy(scan.kspace[slices])
-    mask = torch.from_numpy(scan.mask)
-    maps = estimate_sens_maps(kspace, mask, method=sens_maps)
-    scaled, scale = scale_kspace(kspace, SenseOperator(maps, mask))
-    return {
-        "kspace": scaled.numpy(),
-        "mask": np.repeat(scan.mask[None], len(slices), axis=0),
-        "sens_maps": maps.numpy(),
-        "scale": scale.numpy(),
-    }
 
 
 def segmentation_sample(row: Row, rng: np.random.Generator, options: ViewOptions) -> Sample:

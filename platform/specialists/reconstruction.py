@@ -24,7 +24,7 @@ from omnimri.models.physics import SenseOperator, ifft2c, root_sum_of_squares
 from omnimri.models.preprocess import scale_kspace
 from omnimri.models.scan import Scan
 from omnimri.platform.data.shards import RowRef, row_to_scan
-from omnimri.platform.data.views import center_fraction_for, reconstruction_arrays, undersample
+from omnimri.platform.data.undersampling import center_fraction_for, reconstruction_arrays, undersample
 from omnimri.platform.evaluation import baselines
 from omnimri.platform.evaluation.baselines import Acquisition
 from omnimri.platform.specialists.fit import FitConfig, Fitted, fit

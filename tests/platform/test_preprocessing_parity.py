@@ -18,7 +18,8 @@ from omnimri.platform.data.catalogue.entries import catalogue
 from omnimri.platform.data.intake.config import IngestConfig
 from omnimri.platform.data.intake.ingest import ingest
 from omnimri.platform.data.shards import Shards, load_row
-from omnimri.platform.data.views import SOURCES, ViewOptions, reconstruction_arrays
+from omnimri.platform.data.undersampling import reconstruction_arrays
+from omnimri.platform.data.views import SOURCES, ViewOptions
 from omnimri.serve.config import UploadLimits
 from omnimri.serve.intake import read_upload
 from tests.platform.intake_fakes import coil_kspace, oblique_affine, random_image, save_fastmri, save_nifti

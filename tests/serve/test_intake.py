@@ -13,7 +13,7 @@ import pytest
 from omnimri.models.scan import Scan
 from omnimri.serve.bounds import Bounds, PlainNames
 from omnimri.serve.config import UploadLimits
-from omnimri.serve.intake import Intake, read_upload, ready_for_reconstruction, undersample
+from omnimri.serve.intake import Intake, read_upload, ready_for_reconstruction
 from omnimri.serve.schemas import RequestError
 from tests.serve import serving_fakes as fakes
 
@@ -107,18 +107,6 @@ def test_the_temporary_folder_is_gone_after_success_and_failure(
     with pytest.raises(RequestError):
         read_upload([("scan.nii", io.BytesIO(b"nothing"))], UploadLimits(), series=None, needs_kspace=False)
     assert [path.name for path in tmp_path.iterdir()] == ["scan.nii"]
-
-
-def test_undersampling_leaves_nothing_of_the_lines_it_drops(tmp_path: Path) -> None:
-    full = read_fastmri(tmp_path)
-    scan = undersample(full, 4, seed=3)
-    assert scan.mask is not None and scan.mask.sum() == 9
-    assert np.all(scan.kspace[..., ~scan.mask] == 0)
-    np.testing.assert_array_equal(scan.kspace[..., scan.mask], full.kspace[..., scan.mask])
-    # The image is the aliased one, not the fully sampled one that came with the file.
-    energy_share = np.square(scan.image).sum() / np.square(full.image).sum()
-    assert energy_share == pytest.approx(np.square(np.abs(scan.kspace)).sum() / np.square(np.abs(full.kspace)).sum())
-    assert energy_share < 0.999
 
 
 def read_fastmri(tmp_path: Path) -> Scan:
