@@ -62,11 +62,11 @@ def benchmark_quality(
         ValueError: If nothing can be scored, or `model_dir` is no checkpoint.
     """
     inputs = model_inputs(model_dir, config.preset)
-    folder = out / SPECIALISTS_FOLDER
-    cards = train_missing(shards, folder, config.specialists, inputs, validation_split=config.evaluate.tuning_split)
+    folder, specialists = out / SPECIALISTS_FOLDER, config.specialists.with_reference(config.evaluate.reference)
+    cards = train_missing(shards, folder, specialists, inputs, validation_split=config.evaluate.tuning_split)
     summary = evaluate(
         model_dir, shards, out, config.evaluate, command=command, engine_loader=engine_loader,
-        rivals_loader=RivalsLoader(folder.absolute(), config.specialists, inputs), compared=QUALITY,
+        rivals_loader=RivalsLoader(folder.absolute(), specialists, inputs), compared=QUALITY,
         about={"specialists": [_told(card) for card in cards], "model_seconds": training_seconds(model_dir)},
     )  # fmt: skip
     (out / TABLE_NAME).write_text(quality_table(summary) + "\n", encoding="utf-8")

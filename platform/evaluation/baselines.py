@@ -69,10 +69,28 @@ def acquire(scan: Scan, mask: np.ndarray, sens_maps: str = "acs") -> Acquisition
     return Acquisition(kspace, mask, operator, undersampled)
 
 
-def reference_magnitude(scan: Scan) -> np.ndarray:
-    """Target of every reconstruction: root sum of squares `(Z, Y, X)` of the fully sampled coil images."""
+REFERENCES = ("combined", "rss")
+_CALIBRATION_SHARE = 0.08
+"""Of the lines, about the centre: what the maps of the reference are made of, as those of a fourfold acquisition."""
+
+
+def reference_magnitude(scan: Scan, reference: str = "combined", sens_maps: str = "acs") -> np.ndarray:
+    """Target of every reconstruction, magnitude `(Z, Y, X)` of all lines.
+
+    Args:
+        scan: Fully sampled.
+        reference: `combined` joins the coil images by coil maps, as reconstructions do. `rss` is their root sum of
+            squares, fastMRI's target: in air, and where there is little signal, it keeps the noise of all coils at
+            once, and who paints that scores best.
+        sens_maps: How the maps are made, of `physics.SENS_MAPS`.
+    """
     kspace = torch.tensor(scan.kspace)
-    return physics.root_sum_of_squares(physics.ifft2c(kspace)).numpy()
+    if reference == "rss":
+        return physics.root_sum_of_squares(physics.ifft2c(kspace)).numpy()
+    places = torch.arange(kspace.shape[-1]) - kspace.shape[-1] // 2
+    centre = places.abs() <= max(1, round(_CALIBRATION_SHARE * kspace.shape[-1] / 2))
+    maps = physics.estimate_sens_maps(kspace, centre, method=sens_maps)
+    return physics.SenseOperator(maps, torch.ones_like(centre)).adjoint(kspace).abs().numpy()
 
 
 def zero_filled(acquisition: Acquisition) -> Tensor:
@@ -83,8 +101,8 @@ def zero_filled(acquisition: Acquisition) -> Tensor:
 def fully_sampled(scan: Scan, acquisition: Acquisition) -> Tensor:
     """All lines, combined with the coil maps of the acquisition; complex `(Z, Y, X)`.
 
-    What a perfect reconstruction in these maps would be. It differs from the target by the noise that a root sum of
-    squares keeps in the air and the maps leave out, so it is the ceiling of every method that uses maps.
+    What a perfect reconstruction in these maps would be. From a root sum of squares it differs by the noise that this
+    keeps in the air and the maps leave out: there it is the ceiling of every method that uses maps.
     """
     assert scan.kspace is not None
     everything = torch.ones(scan.kspace.shape[-1], dtype=torch.bool)
@@ -163,10 +181,10 @@ def central_slices(scan: Scan, max_slices: int | None) -> Scan:
 
 def grid_psnr(
     scan: Scan, mask: np.ndarray, weights: Iterable[float], num_steps: Iterable[int], sens_maps: str = "acs",
-    method: str = "cg_sense",
+    method: str = "cg_sense", reference: str = "combined",
 ) -> dict[SenseSetting, float]:  # fmt: skip
     """PSNR of an iterative baseline on one volume for every setting of a grid."""
-    target, acquisition = reference_magnitude(scan), acquire(scan, mask, sens_maps)
+    target, acquisition = reference_magnitude(scan, reference, sens_maps), acquire(scan, mask, sens_maps)
     reconstruct = ITERATIVE[method]
     return {
         setting: metrics.psnr(target, reconstruct(acquisition, setting).abs().numpy())

@@ -27,6 +27,9 @@ class EvaluateConfig:
     accelerations: tuple[int, ...] = (4, 8)
     center_fractions: tuple[float, ...] = (0.08, 0.04)
     """Share of fully sampled centre lines, one for each acceleration."""
+    reference: Literal["combined", "rss"] = "combined"
+    """What reconstructions are scored against (`baselines.reference_magnitude`): all lines combined by coil maps, or
+    fastMRI's root sum of squares, which keeps a floor of noise."""
     mask_kind: str = "equispaced"
     """Undersampling: equispaced (fastMRI brain) or random (fastMRI knee)."""
     sens_maps: Literal["acs", "espirit"] = "acs"

@@ -162,7 +162,7 @@ def tune_iterative(shards: Shards, config: EvaluateConfig) -> tuple[dict[str, di
                 kind=config.mask_kind, seed=config.seed,
             )  # fmt: skip
             for method, (weights, steps) in grids.items():
-                grid = baselines.grid_psnr(scan, mask, weights, steps, config.sens_maps, method)
+                grid = baselines.grid_psnr(scan, mask, weights, steps, config.sens_maps, method, config.reference)
                 scores[method, acceleration].append(grid)
     settings: dict[str, dict[int, SenseSetting]] = {method: {} for method in grids}
     for (method, acceleration), found in scores.items():

@@ -205,7 +205,7 @@ def reconstruction_panels(
         name = f"{condition}_{method}"
         images.append(Panel(title, lettered(grey(picture, name), picture), note))
         errors.append(Panel(f"Error x{ERROR_GAIN}", error_map(picture, name), title))
-    images.append(Panel("Target", lettered(grey(picture, "target"), picture), "fully sampled, root sum of squares"))
+    images.append(Panel("Target", lettered(grey(picture, "target"), picture), "fully sampled"))
     return images, errors
 
 

@@ -34,13 +34,13 @@ from omnimri.platform.evaluation.figures import orient_slice
 
 
 def reconstruct_case(context: CaseContext, row: Mapping[str, Any]) -> CaseResult:
-    """Every method at every acceleration against the fully sampled root sum of squares."""
+    """Every method at every acceleration against the image of all lines."""
     if row["mask"] is not None and not row["mask"].all():
         return CaseResult(skipped="acquired undersampled, so there is no fully sampled reference")
     config, record = context.config, recorder(row, "reconstruct")
     whole = row_to_scan(row)
     scan = baselines.central_slices(whole, config.max_slices)
-    target = baselines.reference_magnitude(scan)
+    target = baselines.reference_magnitude(scan, config.reference, config.sens_maps)
     first = (len(whole.image) - len(target)) // 2
     shown = _lesion_slice(row, first, len(target))
     records, picture = [], base_picture(target, scan, shown, "target")
@@ -81,8 +81,9 @@ def _reconstructions(context: CaseContext, scan: Scan, acceleration: int) -> dic
             method: partial(_iterative, baselines.ITERATIVE[method], settings[acceleration])
             for method, settings in context.settings.items()
         },
-        CEILING: lambda acquisition: _with_residual(baselines.fully_sampled(scan, acquisition), acquisition),
     }
+    if context.config.reference == "rss":
+        methods[CEILING] = lambda acquisition: _with_residual(baselines.fully_sampled(scan, acquisition), acquisition)
     for name, rival in context.rivals.get("reconstruct", {}).items():
         methods[name] = partial(_rival_reconstruction, rival)
     if context.engine is not None:
@@ -120,7 +121,9 @@ def _uncertainty_values(context: CaseContext, scan: Scan, mask: np.ndarray) -> d
         num_steps=config.reconstruct_steps, seed=config.seed, num_samples=config.uncertainty_samples,
     )  # fmt: skip
     return metrics.uncertainty_scores(
-        baselines.reference_magnitude(part), np.abs(np.asarray(result.image)), np.asarray(result.uncertainty)
+        baselines.reference_magnitude(part, config.reference, config.sens_maps),
+        np.abs(np.asarray(result.image)),
+        np.asarray(result.uncertainty),
     )
 
 

@@ -1,7 +1,7 @@
 """Reconstruction specialists: an image-to-image U-Net, and a small E2E-VarNet.
 
-Both learn the root sum of squares that reconstructions are scored against, at every acceleration that OmniMRI is
-trained on, from the same masks, coil maps and scaling.
+Both learn the image that reconstructions are scored against, at every acceleration that OmniMRI is trained on, from the
+same masks, coil maps and scaling.
 """
 
 # B slices, C coils, H W voxels, X phase-encoding lines
@@ -48,6 +48,8 @@ class ReconstructionConfig(FitConfig):
     slices_per_volume: int = 2
     accelerations: tuple[int, ...] = (4, 4, 8)
     """Drawn from with equal chance, as `ViewOptions` does."""
+    reference: Literal["combined", "rss"] = "combined"
+    """What is learnt: that which `EvaluateConfig.reference` scores against."""
     random_share: float = 0.3
     """Share of random masks; the others are equispaced."""
     validation_volumes: int = 4
@@ -57,11 +59,12 @@ class ReconstructionConfig(FitConfig):
 class ReconstructionUNet(nn.Module):
     """From the zero-filled image to the image, without a look at the data (fastMRI's baseline, arXiv 1811.08839).
 
-    It sees the zero-filled coil combination and the zero-filled root sum of squares, and mends the latter.
+    It sees the zero-filled coil combination and the zero-filled root sum of squares, and mends the one that is learnt.
     """
 
     def __init__(self, config: ReconstructionConfig) -> None:
         super().__init__()
+        self.reference = config.reference
         self.unet = SliceUNet(3, 1, config.channels, silent=True)
 
     def forward(self, kspace: Tensor, mask: Tensor, sens_maps: Tensor) -> Tensor:
@@ -69,7 +72,8 @@ class ReconstructionUNet(nn.Module):
         magnitude = root_sum_of_squares(ifft2c(kspace))
         combined = SenseOperator(sens_maps, mask[:, None, None]).adjoint(kspace)
         shown = _INPUT_SCALE * torch.cat([as_channels(combined), magnitude[:, None]], dim=1)
-        return magnitude + _RESIDUAL_SCALE * self.unet(shown)[:, 0]
+        start = magnitude if self.reference == "rss" else combined.abs()
+        return start + _RESIDUAL_SCALE * self.unet(shown)[:, 0]
 
 
 class VarNet(nn.Module):
@@ -80,6 +84,7 @@ class VarNet(nn.Module):
 
     def __init__(self, config: ReconstructionConfig) -> None:
         super().__init__()
+        self.reference = config.reference
         self.cascades = nn.ModuleList(VarNetBlock(_Regulariser(config.channels)) for _ in range(config.cascades))
 
     def forward(self, kspace: Tensor, mask: Tensor, sens_maps: Tensor) -> Tensor:
@@ -89,7 +94,10 @@ class VarNet(nn.Module):
         predicted = measured
         for cascade in self.cascades:
             predicted = cascade(predicted, measured, lines, maps)
-        return root_sum_of_squares(ifft2c(torch.view_as_complex(predicted.contiguous())))
+        completed = torch.view_as_complex(predicted.contiguous())
+        if self.reference == "rss":
+            return root_sum_of_squares(ifft2c(completed))
+        return SenseOperator(sens_maps, torch.ones_like(mask[:, None, None])).adjoint(completed).abs()
 
 
 class _Regulariser(nn.Module):
@@ -206,7 +214,7 @@ def _drawn_slices(
     kind = "random" if rng.random() < config.random_share else "equispaced"
     undersampled = undersample(part, acceleration=acceleration, kind=kind, seed=int(rng.integers(2**31)))
     arrays = reconstruction_arrays(undersampled, np.arange(len(chosen)), sens_maps)
-    target = root_sum_of_squares(ifft2c(torch.from_numpy(kspace))).numpy() / arrays.pop("scale")[:, None, None]
+    target = baselines.reference_magnitude(part, config.reference, sens_maps) / arrays.pop("scale")[:, None, None]
     return arrays | {"target": target.astype(np.float32)}
 
 
@@ -222,4 +230,7 @@ def _validation_cases(
                 part, ref.row_id, acceleration=acceleration, center_fraction=center_fraction_for(acceleration),
                 kind="equispaced", seed=config.seed,
             )  # fmt: skip
-            yield baselines.reference_magnitude(part), baselines.acquire(part, mask, sens_maps)
+            yield (
+                baselines.reference_magnitude(part, config.reference, sens_maps),
+                baselines.acquire(part, mask, sens_maps),
+            )

@@ -66,6 +66,10 @@ class SpecialistsConfig:
         budgets = {name: replace(getattr(self, name), seconds=seconds, steps=steps) for name in TRAINED}
         return replace(self, **budgets)
 
+    def with_reference(self, reference: str) -> SpecialistsConfig:
+        """The same with reconstructions that learn what they are scored against (`EvaluateConfig.reference`)."""
+        return replace(self, **{name: replace(getattr(self, name), reference=reference) for name in NETWORKS})
+
 
 @dataclass(frozen=True)
 class Trained:

@@ -26,8 +26,28 @@ def _mask(scan: Scan, row_id: str = "a", seed: int = 0) -> np.ndarray:
     )  # fmt: skip
 
 
-def test_the_target_is_the_root_sum_of_squares_of_all_lines(scan: Scan) -> None:
-    np.testing.assert_allclose(baselines.reference_magnitude(scan), scan.image, rtol=1e-5, atol=1e-6)
+def test_the_target_is_made_of_all_lines(scan: Scan) -> None:
+    """A root sum of squares, or a combination by maps of unit length, which cannot be more (Cauchy-Schwarz)."""
+    squares, combined = (baselines.reference_magnitude(scan, reference) for reference in ("rss", "combined"))
+    np.testing.assert_allclose(squares, scan.image, rtol=1e-5, atol=1e-6)
+    assert (combined <= squares + 1e-5).all()
+    assert metrics.psnr(squares, combined) > 30
+
+
+def test_the_combined_target_has_the_noise_of_one_image_in_air() -> None:
+    """With eight coils of pure noise the root sum of squares lies near `4 sigma`, one image near `1.25 sigma`."""
+    rng = np.random.default_rng(0)
+    axis = np.linspace(-1, 1, 64)
+    ball = (axis[:, None] ** 2 + axis**2 < 0.25).astype(np.float32)
+    coils = ball * np.exp(2j * np.pi * np.arange(8) / 8)[:, None, None] * 40
+    noise = rng.normal(size=(8, 64, 64)) + 1j * rng.normal(size=(8, 64, 64))
+    kspace = physics.fft2c(torch.from_numpy((coils + noise)[None]).to(torch.complex64)).numpy()
+    scan = Scan(image=np.zeros((1, 64, 64), np.float32), affine=np.eye(4), kspace=kspace)
+    air = (axis[:, None] ** 2 + axis**2 > 0.5)[None]
+    squares, combined = (baselines.reference_magnitude(scan, reference) for reference in ("rss", "combined"))
+    assert np.median(squares[air]) == pytest.approx(np.sqrt(2 * 8), rel=0.05)
+    assert np.median(combined[air]) < 1.5
+    assert combined[0, 32, 32] == pytest.approx(40 * np.sqrt(8), rel=0.05)
 
 
 def test_a_mask_belongs_to_its_row_and_seed(scan: Scan) -> None:
@@ -73,7 +93,7 @@ def test_espirit_maps_are_a_setting_of_the_baselines(scan: Scan) -> None:
 
 
 def test_the_ceiling_is_above_every_method_and_below_the_target_by_noise_in_air_only(scan: Scan) -> None:
-    target, acquisition = baselines.reference_magnitude(scan), baselines.acquire(scan, _mask(scan))
+    target, acquisition = baselines.reference_magnitude(scan, "rss"), baselines.acquire(scan, _mask(scan))
     ceiling = baselines.fully_sampled(scan, acquisition).abs().numpy()
     sense = baselines.cg_sense(acquisition, SenseSetting(0.005, 10)).abs().numpy()
     assert metrics.psnr(target, ceiling) > metrics.psnr(target, sense) + 3
