@@ -101,7 +101,7 @@ class TokenCache:
     a run was resumed, does not change a rounding.
     """
 
-    def __init__(self, max_bytes: int = 256 * 2**20) -> None:
+    def __init__(self, max_bytes: int = 512 * 2**20) -> None:
         self._max_bytes, self._bytes = max_bytes, 0
         self._known: OrderedDict[tuple[bytes, int], Tensor] = OrderedDict()
 
