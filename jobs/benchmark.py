@@ -8,9 +8,10 @@ r"""Measure speed, coverage and quality on this machine, beside what people use 
   omnimri benchmark sampling DIR... --model M --out OUT     steps of the image decoder: time per slice against PSNR
   omnimri benchmark steps DIR...              a training step of every stage: its parts and what takes the time
   omnimri benchmark quality DIR... --out OUT [--model M]    a checkpoint beside specialists of one task each
+  omnimri benchmark ablation DIR... --run RUNDIR --out OUT  a run without one of its stages, and without experts
 
 Each prints one line per number with the machine and the date, and writes all of them to --out; sampling adds a plot and
-writes a folder, quality prints a table and writes a folder. `omnimri benchmark NAME --help` tells the rest.
+writes a folder, quality and ablation print a table and write a folder. `omnimri benchmark NAME --help` tells the rest.
 
 Examples:
   omnimri benchmark ingest runs/demo/corpus --repeats 3 --out ingest.json
@@ -23,6 +24,7 @@ Examples:
   omnimri benchmark steps runs/demo/shards --out steps.json --set zero.precision=auto
   omnimri benchmark quality shards --model runs/mine/instruct/model --out runs/mine/quality
   omnimri benchmark quality shards --out quality --minutes 3 --set evaluate.max_volumes=16
+  omnimri benchmark ablation shards --run runs/mine --out ablation --preset tiny-long --set evaluate.max_volumes=58
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ from typing import Any
 
 from omnimri.jobs.command import job_parser, run_job
 from omnimri.platform.annotation.config import AnnotateConfig, Backend
+from omnimri.platform.benchmark.ablation import AblationConfig, benchmark_ablation
 from omnimri.platform.benchmark.annotate import benchmark_annotate
 from omnimri.platform.benchmark.ingest import benchmark_ingest
 from omnimri.platform.benchmark.moe import benchmark_moe
@@ -52,6 +55,7 @@ from omnimri.platform.benchmark.quality import (
     TABLE_NAME,
     QualityConfig,
     benchmark_quality,
+    comparison_table,
     quality_table,
     training_seconds,
 )
@@ -76,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
     args.command = shlex.join(["omnimri", "benchmark", *(sys.argv[1:] if argv is None else argv)])
-    run = _quality if args.what == "quality" else _run
+    run = args.measure if args.what in ("quality", "ablation") else _run
     return run_job("benchmark", lambda: run(args))
 
 
@@ -94,8 +98,8 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(measure=run, file=None)
         return command
 
-    ingest, sequences, moe, annotate, text, sampling, steps, quality = map(
-        add, (_ingest, _sequences, _moe, _annotate, _text, _sampling, _steps, _quality)
+    ingest, sequences, moe, annotate, text, sampling, steps, quality, ablation = map(
+        add, (_ingest, _sequences, _moe, _annotate, _text, _sampling, _steps, _quality, _ablation)
     )
     ingest.add_argument("sources", nargs="*", type=Path, metavar="SRC", help="files and folders to read")
     ingest.add_argument("--patients", type=int, default=24, metavar="N", help="of the built-in corpus (default: 24)")
@@ -133,6 +137,13 @@ def _parser() -> argparse.ArgumentParser:
     quality.add_argument("--minutes", type=float, metavar="N", help="training time of each specialist")
     quality.add_argument("--out", type=Path, required=True, metavar="OUT", help="folder for the results")
     _add_overrides(quality, "QualityConfig, for example evaluate.max_volumes=16")
+    ablation.add_argument("corpora", nargs="+", type=Path, metavar="DIR", help="ingested corpora")
+    ablation.add_argument(
+        "--run", type=Path, required=True, metavar="RUNDIR", help="of the whole run, trained if need be"
+    )
+    ablation.add_argument("--preset", default="tiny", choices=list(RECIPES), help="its recipe (default: tiny)")
+    ablation.add_argument("--out", type=Path, required=True, metavar="OUT", help="folder for the results")
+    _add_overrides(ablation, "AblationConfig, for example run.train.instruct.steps=400 or evaluate.max_volumes=16")
     for command in (ingest, sequences, moe, annotate, text, steps):
         command.add_argument("--out", type=Path, metavar="FILE", help="JSON file for every number")
     return parser
@@ -252,6 +263,23 @@ def _quality(args: argparse.Namespace) -> None:
         summary = benchmark_quality(model, Shards.open(args.corpora), args.out, config, command=args.command)
     print(f"{machine()}, {datetime.date.today().isoformat()}\n\n{quality_table(summary)}")
     print(f"\npage {args.out / 'index.html'}\ntable {args.out / TABLE_NAME}\nnumbers {args.out / 'summary.json'}")
+
+
+def _ablation(args: argparse.Namespace) -> None:
+    """A run without one of its stages, and without experts, on the same held-out cases.
+
+    Takes the whole run from --run, or trains there what is missing of it, and trains four variants in OUT: without
+    stage 1 (an encoder that has learnt nothing), without stage 2, without stage 3, and with a dense backbone of the
+    size that is active. Each shares the stages before and trains those after for as many steps. OUT then holds the
+    table (table.md, summary.json) with the paired difference to each variant, and in a folder of its name what
+    `omnimri evaluate` writes about it. The command again goes on where it stopped.
+    """
+    run = recipe(args.preset, args.run.absolute().name, args.corpora, args.run)
+    config = apply_overrides(AblationConfig(run=run), args.overrides)
+    with ensure_ray():
+        summary = benchmark_ablation(config, Shards.open(args.corpora), args.out, command=args.command)
+    print(f"{machine()}, {datetime.date.today().isoformat()}\n\n{comparison_table(summary)}")
+    print(f"\ntable {args.out / TABLE_NAME}\nnumbers {args.out / 'summary.json'}")
 
 
 def machine() -> str:

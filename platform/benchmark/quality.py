@@ -94,7 +94,16 @@ def _told(card: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def quality_table(summary: Summary) -> str:
-    """Every method on the metrics of QUALITY as Markdown: mean with its interval, and the model's paired difference."""
+    """`comparison_table`, with a line for every network and its training."""
+    table, _, notes = comparison_table(summary).partition("\n\n")
+    return "\n".join([table, "", *_networks(summary), notes])
+
+
+def comparison_table(summary: Summary) -> str:
+    """Every method on the metrics of QUALITY as Markdown: mean with its interval, and the model's paired difference.
+
+    The notes of the summary follow after an empty line.
+    """
     rows = [
         row
         for task, conditions in summary.tasks.items()
@@ -105,7 +114,7 @@ def quality_table(summary: Summary) -> str:
     columns = ("task", "metric", "method", "value [95 % interval]", "n", "OmniMRI minus it, paired [95 % interval]")
     lines = [columns, ("---",) * len(columns), *rows]
     notes = [f"- {note}" for note in summary.notes]
-    return "\n".join([*(f"| {' | '.join(cells)} |" for cells in lines), "", *_networks(summary), *notes])
+    return "\n".join([*(f"| {' | '.join(cells)} |" for cells in lines), "", *notes])
 
 
 def _metric_rows(

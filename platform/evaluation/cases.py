@@ -34,6 +34,13 @@ RIVALS = {
     "template": "Template from classifier and U-Net",
 }
 """Specialists of `omnimri benchmark quality` and how they are called; see `omnimri.platform.specialists`."""
+ABLATIONS = {
+    "without_vision": "without stage 1, a new encoder",
+    "without_align": "without stage 2",
+    "without_multimodal": "without stage 3",
+    "dense": "dense, of the size that is active",
+}
+"""Variants of `omnimri benchmark ablation` and how they are called; see `omnimri.platform.benchmark.ablation`."""
 SUBGROUP_FACTS = ("vendor", "field_strength_t", "sex", "age_years", "contrast")
 
 ANNOTATION = {

@@ -270,6 +270,12 @@ def write_cases(records: Iterable[Record], path: Path) -> None:
             lines.write(json.dumps(record.as_json(), allow_nan=False) + "\n")
 
 
+def read_cases(path: Path) -> list[Record]:
+    """Inverse of `write_cases`."""
+    with path.open() as lines:
+        return [Record.from_json(json.loads(line)) for line in lines]
+
+
 def log_evaluation(tracker: Tracker, summary: Summary, out: Path, *, source: str) -> None:
     """Record numbers, page, `summary.json` and figures of an evaluation with a tracking run.
 

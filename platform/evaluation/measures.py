@@ -10,7 +10,7 @@ import numpy as np
 
 from omnimri.models import metrics
 from omnimri.models.vocabulary import TISSUES
-from omnimri.platform.evaluation.cases import BLANK, CEILING, MODEL, RIVALS, SHUFFLED
+from omnimri.platform.evaluation.cases import ABLATIONS, BLANK, CEILING, MODEL, RIVALS, SHUFFLED
 
 Table = Mapping[str, np.ndarray]
 """Columns of one method's records, row by row."""
@@ -266,6 +266,7 @@ METHOD_LABELS = {
     MODEL: "OmniMRI",
     BLANK: "OmniMRI on a blank image",
     SHUFFLED: "OmniMRI on another patient's image",
+    **{name: f"OmniMRI {what}" for name, what in ABLATIONS.items()},
     **RIVALS,
     "zero_filled": "Zero-filled, coil maps",
     "zero_filled_rss": "Zero-filled, root sum of squares",

@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from omnimri.platform.cluster import ensure_ray, worker_environment
 from omnimri.platform.errors import OmniMRIError
 from omnimri.platform.tracking import Tracker
@@ -230,6 +232,16 @@ def make_job(
         tracker=tracker,
         report_every=report_every,
     )
+
+
+def new_model(run: RunConfig, folder: Path, *, kit: Kit | None = None) -> Path:
+    """Write the model that the first stage begins with to `folder`, before it has learnt anything; returns `folder`."""
+    kit = kit or default_kit(run)
+    tokenizer = kit.load_tokenizer(find_tokenizer(run, kit, None))
+    torch.manual_seed(run.stage("vision").seed)
+    card = {"run": run.name, "stage": "untrained", "settings_digest": digest(asdict(run.model))}
+    kit.save(kit.create(run.model, tokenizer), folder, tokenizer, card)
+    return folder
 
 
 def starting_folder(stage: str, run: RunConfig, init: Path | None) -> Path | None:

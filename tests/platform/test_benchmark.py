@@ -162,7 +162,9 @@ def test_quality_without_a_time_or_a_folder_is_refused(tmp_path: Path, capsys: p
     assert training_seconds(tmp_path / "run" / "stage" / "model") is None
 
 
-@pytest.mark.parametrize("name", ["ingest", "sequences", "moe", "annotate", "text", "sampling", "steps", "quality"])
+@pytest.mark.parametrize(
+    "name", ["ingest", "sequences", "moe", "annotate", "text", "sampling", "steps", "quality", "ablation"]
+)
 def test_every_benchmark_has_a_manual_and_refuses_the_options_of_others(
     name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -20,7 +20,7 @@ from omnimri.platform.evaluation.cases import MODEL, CaseContext
 from omnimri.platform.evaluation.config import EvaluateConfig
 from omnimri.platform.evaluation.image_cases import reconstruct_case
 from tests.platform.evaluation_fakes import phantom_row, write_phantoms
-from tests.platform.test_training_omnimri import SMALLEST
+from tests.platform.smallest import SMALLEST
 
 ROWS = [phantom_row(i, split="train" if i == 3 else "test", patient=i // 2) for i in range(4)]
 ONE_VOLUME = {"accelerations": (4,), "max_volumes": 1, "max_slices": 4}

@@ -20,7 +20,7 @@ from omnimri.platform.data.stream import SampleMaker, SourceRows
 from omnimri.platform.training.schedule import build_schedule
 from omnimri.platform.training.stages import PARTS
 from tests.platform.shards_fakes import write_shards
-from tests.platform.test_training_omnimri import smallest_run
+from tests.platform.smallest import smallest_run
 from tests.platform.training_fakes import FakeKit, fake_run
 
 pytestmark = [

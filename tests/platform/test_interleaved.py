@@ -22,7 +22,7 @@ from omnimri.platform.training.schedule import build_schedule
 from omnimri.platform.training.stages import STAGES
 from omnimri.platform.training.trainer import run_stage, run_stages
 from tests.platform.shards_fakes import write_shards
-from tests.platform.test_training_omnimri import SMALLEST, smallest_run
+from tests.platform.smallest import SMALLEST, smallest_run
 
 NEW = ("paired.interleaved", "paired.slices", "instruct.study")
 LOCAL = StreamConfig(num_tasks=0, prefetch=0)

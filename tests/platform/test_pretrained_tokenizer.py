@@ -11,7 +11,7 @@ from omnimri.platform.training.config import RunConfig
 from omnimri.platform.training.trainer import default_kit, find_tokenizer
 from tests.models.qwen_fakes import FREE_ROWS, write_qwen
 from tests.platform.shards_fakes import write_shards
-from tests.platform.test_training_omnimri import smallest_run
+from tests.platform.smallest import smallest_run
 
 
 def run_on(qwen: Path, tmp_path: Path, *, rows: int) -> RunConfig:

@@ -15,7 +15,7 @@ from omnimri.platform.training.config import RunConfig
 from omnimri.platform.training.trainer import run_stage
 from tests.models.qwen_fakes import write_dense
 from tests.platform.shards_fakes import write_shards
-from tests.platform.test_training_omnimri import smallest_run
+from tests.platform.smallest import smallest_run
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
