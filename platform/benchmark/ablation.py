@@ -60,6 +60,14 @@ class AblationConfig:
     """The whole run; its stages are taken from its folder where they are complete."""
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     """The same cases for all."""
+    variants: tuple[str, ...] = tuple(VARIANTS)
+    """Of VARIANTS, those that are trained and scored."""
+
+    def __post_init__(self) -> None:
+        if unknown := sorted(set(self.variants) - set(VARIANTS)):
+            raise ValueError(
+                f"AblationConfig: variants {', '.join(unknown)} are unknown; known: {', '.join(VARIANTS)}."
+            )
 
 
 def benchmark_ablation(config: AblationConfig, shards: Shards, out: Path, *, command: str = "") -> Summary:
@@ -78,8 +86,8 @@ def benchmark_ablation(config: AblationConfig, shards: Shards, out: Path, *, com
     whole = run_stages(list(STAGES), run)
     records, summary = _scored(whole[-1], shards, out / MODEL, scoring, command)
     notes = [_told("whole run", whole)]
-    for name, variant in VARIANTS.items():
-        results = train_variant(name, variant, run, out)
+    for name in config.variants:
+        results = train_variant(name, run, out)
         found, _ = _scored(results[-1], shards, out / name, scoring, command)
         records += [replace(record, method=name) for record in found if record.method == MODEL]
         notes.append(_told(ABLATIONS[name], results))
@@ -89,8 +97,9 @@ def benchmark_ablation(config: AblationConfig, shards: Shards, out: Path, *, com
     return combined
 
 
-def train_variant(name: str, variant: Variant, run: RunConfig, out: Path) -> list[StageResult]:
+def train_variant(name: str, run: RunConfig, out: Path) -> list[StageResult]:
     """Train the stages of a variant in `out`/NAME, or return what has been trained there."""
+    variant = VARIANTS[name]
     if variant.starts_from is None:
         init = new_model(run, out / UNTRAINED)
     else:
