@@ -63,7 +63,7 @@ def tiny(name: str, data: Sequence[Folder], out: Folder) -> RunConfig:
 
 
 def tiny_long(name: str, data: Sequence[Folder], out: Folder) -> RunConfig:
-    """All four stages on two CPU cores, meant for an hour; for the built-in corpus with 200 patients or more.
+    """All four stages on two CPU cores, in an hour and a half; for the built-in corpus with 200 patients or more.
 
     Command: `omnimri train --stage all --preset tiny-long --data DIR --out RUNDIR`
     """
@@ -72,7 +72,7 @@ def tiny_long(name: str, data: Sequence[Folder], out: Folder) -> RunConfig:
     def longer(stage: TrainConfig, steps: int, **changes: Any) -> TrainConfig:
         return replace(stage, steps=steps, log_every=20, checkpoint_every=500, **changes)
 
-    # Labels decide what the encoder tells of lesions: self-supervision has seen too little of them in an hour.
+    # Labels decide what the encoder tells of lesions: self-supervision sees too little of them in this time.
     vision = {"image": 0.05, "image.slices": 0.05, "image.labelled": 0.5, "image.labelled_slices": 0.4}
     instruct = {"instruct.reconstruct": 0.25, "instruct.segment": 0.35, "instruct.text": 0.4}
     return replace(
@@ -82,7 +82,7 @@ def tiny_long(name: str, data: Sequence[Folder], out: Folder) -> RunConfig:
             vision=longer(short.train.vision, 5000, lr=2e-3, weights=short.train.vision.weights | vision),
             align=longer(short.train.align, 200),
             multimodal=longer(short.train.multimodal, 200),
-            instruct=longer(short.train.instruct, 2500, weights=short.train.instruct.weights | instruct),
+            instruct=longer(short.train.instruct, 1600, weights=short.train.instruct.weights | instruct),
         ),
         scaling=ScalingConfig(num_workers=2),
         view={"patches_per_sample": 8},
