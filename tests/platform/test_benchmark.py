@@ -104,7 +104,7 @@ def test_backends_of_annotate_are_measured_on_the_same_volumes(tmp_path: Path) -
 
 
 SCORING = EvaluateConfig(
-    accelerations=(4,), center_fractions=(0.15,), max_slices=4, bootstrap_samples=50, tuning_volumes=1,
+    reference="rss", accelerations=(4,), center_fractions=(0.15,), max_slices=4, bootstrap_samples=50, tuning_volumes=1,
     cg_weights=(0.05,), cg_steps=(5,), cs_weights=(0.003,), cs_steps=(5,), cases_per_task=1,
 )  # fmt: skip
 

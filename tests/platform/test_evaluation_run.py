@@ -27,6 +27,7 @@ from omnimri.platform.tracking import Tracker, connect
 from tests.platform.evaluation_fakes import KnowingLoader, phantom_row, write_phantoms
 
 CONFIG = EvaluateConfig(
+    reference="rss",
     accelerations=(3,), center_fractions=(0.15,), max_slices=4, bootstrap_samples=100, tuning_volumes=1,
     cg_weights=(0.005, 0.05), cg_steps=(5,), cs_weights=(0.003,), cs_steps=(20,), cases_per_task=2,
 )  # fmt: skip
