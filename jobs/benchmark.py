@@ -272,7 +272,8 @@ def _ablation(args: argparse.Namespace) -> None:
     stage 1 (an encoder that has learnt nothing), without stage 2, without stage 3, and with a dense backbone of the
     size that is active. Each shares the stages before and trains those after for as many steps. OUT then holds the
     table (table.md, summary.json) with the paired difference to each variant, and in a folder of its name what
-    `omnimri evaluate` writes about it. The command again goes on where it stopped.
+    `omnimri evaluate` writes about it. The command again trains what is missing, and scores all once more. What RUNDIR
+    was trained with beyond its preset is repeated (`--set run.train.instruct.steps=400`); other settings are refused.
     """
     run = recipe(args.preset, args.run.absolute().name, args.corpora, args.run)
     config = apply_overrides(AblationConfig(run=run), args.overrides)

@@ -49,9 +49,13 @@ def root_sum_of_squares(coil_images: Tensor) -> Tensor:
     return coil_images.abs().square().sum(-3).sqrt()
 
 
-def num_center_lines(num_lines: int, center_fraction: float) -> int:
-    """Fully sampled lines in the centre of k-space, as fastMRI counts them."""
-    return round(num_lines * center_fraction)
+def center_mask(num_lines: int, center_fraction: float) -> np.ndarray:
+    """Bool `(num_lines,)`: the fully sampled lines in the centre of k-space, as fastMRI counts and places them."""
+    center = round(num_lines * center_fraction)
+    start = (num_lines - center + 1) // 2
+    mask = np.zeros(num_lines, dtype=bool)
+    mask[start : start + center] = True
+    return mask
 
 
 def undersampling_mask(
@@ -71,7 +75,8 @@ def undersampling_mask(
     """
     if kind not in ("equispaced", "random"):
         raise ValueError(f"Undersampling kind {kind!r} is unknown; known: equispaced, random.")
-    center = num_center_lines(num_lines, center_fraction)
+    mask = center_mask(num_lines, center_fraction)
+    center = int(mask.sum())
     outer = num_lines / acceleration - center
     if acceleration < 1 or outer < 0:
         raise ValueError(
@@ -79,15 +84,12 @@ def undersampling_mask(
             f"{center} centre lines of {num_lines}. Lower either."
         )
     rng = np.random.default_rng(seed)
-    mask = np.zeros(num_lines, dtype=bool)
     if kind == "random":
         mask |= rng.random(num_lines) < outer / max(num_lines - center, 1)
     elif outer:
         step = (num_lines - center) / outer
         offset = rng.integers(0, round(step)) if round(step) > 0 else 0
         mask[np.around(np.arange(offset, num_lines - 1, step)).astype(int)] = True
-    start = (num_lines - center + 1) // 2
-    mask[start : start + center] = True
     return mask
 
 

@@ -38,7 +38,7 @@ class Variant:
     starts_from: str | None
     """Stage of the whole run whose model they start from; None takes a model that has learnt nothing."""
     is_dense: bool = False
-    """All experts answer every token: a dense network of the size that is active otherwise."""
+    """As many experts as answer a token, which all answer every token: dense, of the size that is active otherwise."""
 
 
 VARIANTS: Mapping[str, Variant] = MappingProxyType(

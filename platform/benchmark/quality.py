@@ -95,14 +95,13 @@ def _told(card: Mapping[str, Any]) -> dict[str, Any]:
 
 def quality_table(summary: Summary) -> str:
     """`comparison_table`, with a line for every network and its training."""
-    table, _, notes = comparison_table(summary).partition("\n\n")
-    return "\n".join([table, "", *_networks(summary), notes])
+    return comparison_table(summary, _networks(summary))
 
 
-def comparison_table(summary: Summary) -> str:
+def comparison_table(summary: Summary, remarks: Sequence[str] = ()) -> str:
     """Every method on the metrics of QUALITY as Markdown: mean with its interval, and the model's paired difference.
 
-    The notes of the summary follow after an empty line.
+    Remarks follow it, and the notes of the summary.
     """
     rows = [
         row
@@ -114,7 +113,7 @@ def comparison_table(summary: Summary) -> str:
     columns = ("task", "metric", "method", "value [95 % interval]", "n", "OmniMRI minus it, paired [95 % interval]")
     lines = [columns, ("---",) * len(columns), *rows]
     notes = [f"- {note}" for note in summary.notes]
-    return "\n".join([*(f"| {' | '.join(cells)} |" for cells in lines), "", *notes])
+    return "\n".join([*(f"| {' | '.join(cells)} |" for cells in lines), "", *remarks, *notes])
 
 
 def _metric_rows(

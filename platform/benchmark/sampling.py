@@ -135,7 +135,7 @@ def benchmark_sampling(engine: Engine, shards: Shards, config: SamplingConfig) -
 def sampled(engine: Engine, row: Mapping[str, Any], config: SamplingConfig) -> Iterator[SampledVolume]:
     """One row at every acceleration."""
     scan = baselines.central_slices(row_to_scan(row), config.max_slices)
-    target = baselines.reference_magnitude(scan, config.evaluation.reference, config.evaluation.sens_maps)
+    target = baselines.reference_magnitude(scan, config.evaluation.reference)
     for acceleration, acquisition in acquisitions(config.evaluation, scan, row["row_id"]):
         yield SampledVolume(
             patient_id=row["patient_id"], acceleration=acceleration, shape=target.shape,

@@ -16,6 +16,7 @@ from omnimri.models import metrics, physics
 from omnimri.models.preprocess import scale_kspace
 from omnimri.models.scan import Scan
 from omnimri.models.vocabulary import DIAGNOSES
+from omnimri.platform.data.undersampling import center_fraction_for
 
 
 @dataclass(frozen=True)
@@ -70,26 +71,23 @@ def acquire(scan: Scan, mask: np.ndarray, sens_maps: str = "acs") -> Acquisition
 
 
 REFERENCES = ("combined", "rss")
-_CALIBRATION_SHARE = 0.08
-"""Of the lines, about the centre: what the maps of the reference are made of, as those of a fourfold acquisition."""
 
 
-def reference_magnitude(scan: Scan, reference: str = "combined", sens_maps: str = "acs") -> np.ndarray:
+def reference_magnitude(scan: Scan, reference: str = "combined") -> np.ndarray:
     """Target of every reconstruction, magnitude `(Z, Y, X)` of all lines.
 
     Args:
         scan: Fully sampled.
-        reference: `combined` joins the coil images by coil maps, as reconstructions do. `rss` is their root sum of
-            squares, fastMRI's target: in air, and where there is little signal, it keeps the noise of all coils at
-            once, and who paints that scores best.
-        sens_maps: How the maps are made, of `physics.SENS_MAPS`.
+        reference: `combined` joins the coil images by low-pass coil maps, of the centre lines that a fourfold
+            acquisition has, whatever maps the methods use. `rss` is their root sum of squares, fastMRI's target: in
+            air, and where there is little signal, it keeps the noise of all coils at once, and who paints that scores
+            best.
     """
     kspace = torch.tensor(scan.kspace)
     if reference == "rss":
         return physics.root_sum_of_squares(physics.ifft2c(kspace)).numpy()
-    places = torch.arange(kspace.shape[-1]) - kspace.shape[-1] // 2
-    centre = places.abs() <= max(1, round(_CALIBRATION_SHARE * kspace.shape[-1] / 2))
-    maps = physics.estimate_sens_maps(kspace, centre, method=sens_maps)
+    centre = torch.from_numpy(physics.center_mask(kspace.shape[-1], center_fraction_for(4)))
+    maps = physics.estimate_sens_maps(kspace, centre)
     return physics.SenseOperator(maps, torch.ones_like(centre)).adjoint(kspace).abs().numpy()
 
 
@@ -184,7 +182,7 @@ def grid_psnr(
     method: str = "cg_sense", reference: str = "combined",
 ) -> dict[SenseSetting, float]:  # fmt: skip
     """PSNR of an iterative baseline on one volume for every setting of a grid."""
-    target, acquisition = reference_magnitude(scan, reference, sens_maps), acquire(scan, mask, sens_maps)
+    target, acquisition = reference_magnitude(scan, reference), acquire(scan, mask, sens_maps)
     reconstruct = ITERATIVE[method]
     return {
         setting: metrics.psnr(target, reconstruct(acquisition, setting).abs().numpy())

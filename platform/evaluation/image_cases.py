@@ -40,7 +40,7 @@ def reconstruct_case(context: CaseContext, row: Mapping[str, Any]) -> CaseResult
     config, record = context.config, recorder(row, "reconstruct")
     whole = row_to_scan(row)
     scan = baselines.central_slices(whole, config.max_slices)
-    target = baselines.reference_magnitude(scan, config.reference, config.sens_maps)
+    target = baselines.reference_magnitude(scan, config.reference)
     first = (len(whole.image) - len(target)) // 2
     shown = _lesion_slice(row, first, len(target))
     records, picture = [], base_picture(target, scan, shown, "target")
@@ -121,7 +121,7 @@ def _uncertainty_values(context: CaseContext, scan: Scan, mask: np.ndarray) -> d
         num_steps=config.reconstruct_steps, seed=config.seed, num_samples=config.uncertainty_samples,
     )  # fmt: skip
     return metrics.uncertainty_scores(
-        baselines.reference_magnitude(part, config.reference, config.sens_maps),
+        baselines.reference_magnitude(part, config.reference),
         np.abs(np.asarray(result.image)),
         np.asarray(result.uncertainty),
     )

@@ -214,7 +214,7 @@ def _drawn_slices(
     kind = "random" if rng.random() < config.random_share else "equispaced"
     undersampled = undersample(part, acceleration=acceleration, kind=kind, seed=int(rng.integers(2**31)))
     arrays = reconstruction_arrays(undersampled, np.arange(len(chosen)), sens_maps)
-    target = baselines.reference_magnitude(part, config.reference, sens_maps) / arrays.pop("scale")[:, None, None]
+    target = baselines.reference_magnitude(part, config.reference) / arrays.pop("scale")[:, None, None]
     return arrays | {"target": target.astype(np.float32)}
 
 
@@ -231,6 +231,6 @@ def _validation_cases(
                 kind="equispaced", seed=config.seed,
             )  # fmt: skip
             yield (
-                baselines.reference_magnitude(part, config.reference, sens_maps),
+                baselines.reference_magnitude(part, config.reference),
                 baselines.acquire(part, mask, sens_maps),
             )

@@ -24,6 +24,7 @@ from omnimri.models.scan import Scan
 from omnimri.models.vocabulary import DIAGNOSES, LESION, TISSUES
 from omnimri.platform.data.schema import SCHEMA, SCHEMA_VERSION, pack_array
 from omnimri.platform.data.shards import Shards
+from omnimri.platform.evaluation.baselines import reference_magnitude
 
 SHAPE = (8, 48, 40)
 LABELS = {1: TISSUES[0], 2: TISSUES[1], 3: TISSUES[2], 4: "old infarct"}
@@ -158,7 +159,8 @@ class KnowingEngine:
         """The truth with an error that it knows, or for a garbled engine the image it was given and no doubt."""
         if self.garbled:
             return SimpleNamespace(image=scan.image.astype(np.complex64), uncertainty=np.zeros_like(scan.image))
-        truth = self.rows[scan.facts["te_ms"]]["image"]
+        row = self.rows[scan.facts["te_ms"]]
+        truth = reference_magnitude(replace(scan, image=row["image"], kspace=row["kspace"], mask=None))
         start = (len(truth) - len(scan.image)) // 2
         truth = truth[start : start + len(scan.image)]
         return SimpleNamespace(image=(truth * 1.001).astype(np.complex64), uncertainty=0.001 * truth)

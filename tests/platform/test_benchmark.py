@@ -104,7 +104,7 @@ def test_backends_of_annotate_are_measured_on_the_same_volumes(tmp_path: Path) -
 
 
 SCORING = EvaluateConfig(
-    reference="rss", accelerations=(4,), center_fractions=(0.15,), max_slices=4, bootstrap_samples=50, tuning_volumes=1,
+    accelerations=(4,), center_fractions=(0.15,), max_slices=4, bootstrap_samples=50, tuning_volumes=1,
     cg_weights=(0.05,), cg_steps=(5,), cs_weights=(0.003,), cs_steps=(5,), cases_per_task=1,
 )  # fmt: skip
 
@@ -114,7 +114,8 @@ SCORING = EvaluateConfig(
 def test_the_model_and_its_specialists_answer_the_same_cases(tmp_path: Path) -> None:
     rows = [phantom_row(i, split=("train", "val", "test", "test")[i // 2], patient=i // 2) for i in range(8)]
     shards = write_phantoms(tmp_path / "data", rows)
-    config = QualityConfig(specialists=SPECIALISTS, evaluate=SCORING)
+    other = SPECIALISTS.with_reference("rss")  # they learn what is scored all the same
+    config = QualityConfig(specialists=other, evaluate=SCORING)
     model = tmp_path / "run" / "instruct" / "model"
     _save_contract(model)
     summary = benchmark_quality(model, shards, tmp_path / "out", config, engine_loader=KnowingLoader(rows))
@@ -130,6 +131,9 @@ def test_the_model_and_its_specialists_answer_the_same_cases(tmp_path: Path) -> 
     beaten = {v.baseline for v in summary.verdicts if v.metric == "psnr" and v.difference > 0}
     assert {"recon_unet", "varnet"} <= beaten
     assert summary.header["model_seconds"] == 60.0
+    for name in ("recon_unet", "varnet"):
+        card = json.loads((tmp_path / "out" / "specialists" / name / "specialist.json").read_text())
+        assert card["settings"]["config"]["reference"] == SCORING.reference
     table = (tmp_path / "out" / "table.md").read_text()
     assert "| reconstruct 4x | PSNR (dB) | VarNet |" in table
     assert "OmniMRI: all stages, all tasks, 60 s." in table
@@ -178,6 +182,7 @@ def test_every_benchmark_has_a_manual_and_refuses_the_options_of_others(
         "sampling": ["data", "--model", "m", "--out", "o"],
         "steps": ["data"],
         "quality": ["data", "--out", "o"],
+        "ablation": ["data", "--run", "r", "--out", "o"],
     }
     foreign = ["--patients", "1"] if name != "ingest" else ["--minutes", "1"]
     with pytest.raises(SystemExit):

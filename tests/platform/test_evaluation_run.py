@@ -15,7 +15,7 @@ from omnimri.models.vocabulary import LESION
 from omnimri.platform.data.shards import Shards
 from omnimri.platform.evaluation.baselines import SenseSetting
 from omnimri.platform.evaluation.calibration import fit_platt
-from omnimri.platform.evaluation.cases import BLANK, MODEL, CaseContext, CaseResult
+from omnimri.platform.evaluation.cases import BLANK, CEILING, MODEL, CaseContext, CaseResult
 from omnimri.platform.evaluation.config import EvaluateConfig
 from omnimri.platform.evaluation.evaluate import evaluate, log_evaluation, plan, spread_over_patients
 from omnimri.platform.evaluation.floors import shuffled
@@ -27,7 +27,6 @@ from omnimri.platform.tracking import Tracker, connect
 from tests.platform.evaluation_fakes import KnowingLoader, phantom_row, write_phantoms
 
 CONFIG = EvaluateConfig(
-    reference="rss",
     accelerations=(3,), center_fractions=(0.15,), max_slices=4, bootstrap_samples=100, tuning_volumes=1,
     cg_weights=(0.005, 0.05), cg_steps=(5,), cs_weights=(0.003,), cs_steps=(20,), cases_per_task=2,
 )  # fmt: skip
@@ -98,9 +97,9 @@ def test_a_model_that_knows_the_truth_scores_perfectly(
     assert {line["task"] for line in lines} == set(CONFIG.tasks)
 
 
-def _case(row: dict[str, Any], task: str, *, garbled: bool = True) -> CaseResult:
+def _case(row: dict[str, Any], task: str, *, garbled: bool = True, **changes: Any) -> CaseResult:
     context = CaseContext(
-        engine=KnowingLoader([row], garbled)(Path()), config=CONFIG, settings=SETTINGS,
+        engine=KnowingLoader([row], garbled)(Path()), config=dataclasses.replace(CONFIG, **changes), settings=SETTINGS,
         frequencies=np.full(5, 0.2),
     )  # fmt: skip
     return RUNNERS[task](context, row | {"label_names": dict(row["label_names"])})
@@ -118,6 +117,16 @@ def test_a_model_that_returns_its_input_reconstructs_like_zero_filled() -> None:
     assert _values(result)["uncertainty_ratio"] == _values(result)["uncertainty_coverage"] == 0.0
     assert np.isnan(_values(result)["uncertainty_correlation"])
     assert _values(result, "cg_sense")["residual"] < _values(result, "zero_filled")["residual"]
+
+
+def test_against_a_root_sum_of_squares_all_lines_are_a_ceiling() -> None:
+    """Against the coil combination they are the target."""
+    row = phantom_row(1, split="test", patient=1)
+    squares = _case(row, "reconstruct", reference="rss")
+    assert _values(squares, CEILING)["psnr"] > _values(squares, "cg_sense")["psnr"] + 3
+    combined = _case(row, "reconstruct")
+    assert CEILING not in {record.method for record in combined.records}
+    assert not np.array_equal(combined.picture["target"], squares.picture["target"])
 
 
 def test_an_unreadable_box_answer_is_counted_and_finds_nothing() -> None:
