@@ -258,20 +258,24 @@ class InstructionTuning(nn.Module):
         return Measurement.start(batch["kspace"], operator, self.model.config.image_decoder)
 
     def _segmentation_losses(self, batch: Batch, condition: Tensor) -> Losses:
-        """Cross-entropy plus Dice of the mask logits (nnU-Net's loss)."""
+        """Cross-entropy of the mask logits, plus Dice of the structures that are there (nnU-Net's loss)."""
         slices, target = batch["slices"], batch["slice_target"].float()
         time = self._times(len(slices), slices.device)
         signed = 2 * target - 1
         state = bridge_state(signed, torch.zeros_like(signed), time, self.model.config.image_decoder.segment_noise)
         logit = self.model.image_decoder.predict_mask(state, slices, time, condition, self._pyramid(slices))
         probability = logit.sigmoid()
-        # Dice per volume and structure, so that a structure that one volume lacks does not weigh on the others.
         volumes = len(batch["volume"])
-        overlap = (probability * target).flatten(2).unflatten(0, (volumes, -1)).sum(dim=(1, 3))
-        size = (probability + target).flatten(2).unflatten(0, (volumes, -1)).sum(dim=(1, 3))
-        dice = ((2 * overlap + 1) / (size + 1)).mean()
+        overlap, size, wanted = (
+            part.flatten(2).unflatten(0, (volumes, -1)).sum(dim=(1, 3))
+            for part in (probability * target, probability + target, target)
+        )
+        # Dice of each volume's structures that are there. Where one is not, the first wrong voxel would cost as much
+        # as a whole structure, and rare ones would be learnt as never there: cross-entropy teaches absence.
+        there = wanted > 0
+        dice = ((2 * overlap + 1) / (size + 1))[there].sum() / there.sum().clamp_min(1)
         cross_entropy = F.binary_cross_entropy_with_logits(logit, target)
-        return {"loss_segment": cross_entropy + 1 - dice, "soft_dice": dice}
+        return {"loss_segment": cross_entropy + there.any() * (1 - dice), "soft_dice": dice}
 
     def _times(self, count: int, device: torch.device) -> Tensor:
         """Bridge times: the start (1) for some samples, uniform in (0, 1] for the others."""

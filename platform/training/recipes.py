@@ -74,7 +74,7 @@ def tiny_long(name: str, data: Sequence[Folder], out: Folder) -> RunConfig:
 
     # Labels decide what the encoder tells of lesions: self-supervision sees too little of them in this time.
     vision = {"image": 0.05, "image.slices": 0.05, "image.labelled": 0.5, "image.labelled_slices": 0.4}
-    instruct = {"instruct.reconstruct": 0.25, "instruct.segment": 0.35, "instruct.text": 0.4}
+    instruct = {"instruct.reconstruct": 0.4, "instruct.segment": 0.35, "instruct.text": 0.25}
     return replace(
         short,
         model=preset("tiny-long"),
@@ -82,10 +82,10 @@ def tiny_long(name: str, data: Sequence[Folder], out: Folder) -> RunConfig:
             vision=longer(short.train.vision, 5000, lr=2e-3, weights=short.train.vision.weights | vision),
             align=longer(short.train.align, 200),
             multimodal=longer(short.train.multimodal, 200),
-            instruct=longer(short.train.instruct, 1600, weights=short.train.instruct.weights | instruct),
+            instruct=longer(short.train.instruct, 1500, weights=short.train.instruct.weights | instruct),
         ),
         scaling=ScalingConfig(num_workers=2),
-        view={"patches_per_sample": 8},
+        view={"patches_per_sample": 8, "accelerations": (4, 8)},
     )
 
 

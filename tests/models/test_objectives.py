@@ -200,6 +200,23 @@ def test_patches_of_volumes_are_answered_as_slices_are(model: OmniMRI, builder: 
     assert objective.pictures(batch)["segment"].shape == (4 * 32, 5 * 32)
 
 
+def test_a_volume_without_the_structure_does_not_shout_down_one_that_has_it(
+    model: OmniMRI, builder: SequenceBuilder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where masks are still nearly empty; counted in the Dice, absence pushed eleven times as hard as presence pulled."""
+    batch = collate(segment_samples(2), builder)
+    slices = len(batch["slices"]) // 2
+    batch["slice_target"] = torch.zeros_like(batch["slice_target"])
+    batch["slice_target"][:slices, :, 10:13, 10:13] = True  # the first volume has it, the second does not
+    logit = torch.full(batch["slice_target"].shape, -6.0, requires_grad=True)
+    monkeypatch.setattr(model.image_decoder, "predict_mask", lambda *_: logit)
+    build_objective("instruct", model)(batch)["loss_segment"].backward()
+    assert logit.grad is not None
+    pull = -logit.grad[batch["slice_target"]].sum()
+    push = logit.grad[slices:].sum()
+    assert 0 < push < pull
+
+
 def test_an_untrained_backbone_already_tells_prompts_apart(model: OmniMRI, builder: SequenceBuilder) -> None:
     """Without the instruction's own words the two conditions differed by 1.3 % after 80 training steps."""
     batch = collate(segment_samples(1), builder)
