@@ -5,7 +5,8 @@
 DIR of --model is the folder of any stage, DIR of --data an ingested corpus. The folder of --out then holds
 
   index.html       figures and t-SNE pictures; one file, no network
-  probe.json       kNN and linear probes, silhouette by contrast, plane, diagnosis and vendor; retrieval R@1 and R@5
+  probe.json       kNN and linear probes, silhouette by contrast, plane, diagnosis and vendor; whether single visual
+                   tokens know what label their place holds; retrieval R@1 and R@5
   embeddings.npz   of the scored volumes
 
 An encoder for many scanners should know contrast, plane and diagnosis better than vendor. With --tracking-uri (or

@@ -119,7 +119,7 @@ def labelled_sample(row: Row, rng: np.random.Generator, options: ViewOptions) ->
     """
     scan = row_to_scan(row)
     volume = options.preprocess.volume(scan).volume[0]
-    labels = _dense_labels(row, lambda mask: options.preprocess.volume_labels(mask, scan))
+    labels = dense_labels(row, lambda mask: options.preprocess.volume_labels(mask, scan))
     foreground = labels[LESION] if labels[LESION].any() else volume > volume.min()
     shape = _patch_shape(volume.shape)
     corners = draw_corners(foreground.numpy(), shape, options.patches_per_sample, rng)
@@ -134,13 +134,13 @@ def labelled_slices_sample(row: Row, rng: np.random.Generator, options: ViewOpti
     """
     scan = row_to_scan(row)
     source = options.preprocess.slices(scan)
-    labels = _dense_labels(row, lambda mask: torch.as_tensor(options.preprocess.slice_labels(mask, scan, source.axis)))
+    labels = dense_labels(row, lambda mask: torch.as_tensor(options.preprocess.slice_labels(mask, scan, source.axis)))
     cut = _drawn_slices(labels[LESION], source.slices > source.slices.min(), rng, options)
     slices = [cut(array).float() for array in (source.slices, *labels.values())]
     return _labelled(row, torch.stack(slices, dim=1)[:, :, None], rng)
 
 
-def _dense_labels(row: Row, on_grid: Callable[[np.ndarray], torch.Tensor]) -> dict[str, torch.Tensor]:
+def dense_labels(row: Row, on_grid: Callable[[np.ndarray], torch.Tensor]) -> dict[str, torch.Tensor]:
     """Masks of what stage 1 is told of, by name; empty where nobody looked."""
     return {name: on_grid(structure_mask(row["label_map"], row["label_names"], name)) for name in DENSE_LABELS}
 
@@ -149,13 +149,17 @@ def _labelled(row: Row, cut: torch.Tensor, rng: np.random.Generator) -> Sample:
     """Fields of a labelled sample from image and labels `(P, 1 + L, d, h, w)`, half of them mirrored."""
     mirrored = rng.random(len(cut)) < 0.5
     cut[mirrored] = cut[mirrored].flip(-1)
-    names: dict[int, str] = row["label_names"]
-    known = np.isin(DENSE_LABELS, [*segmentable(names), *map(plain_name, names.values())])
     return {
         "volumes": cut[:, :1].numpy(),
         "labels": cut[:, 1:].numpy() > 0,
-        "known": np.repeat(known[None], len(cut), axis=0),
+        "known": np.repeat(known_labels(row)[None], len(cut), axis=0),
     }
+
+
+def known_labels(row: Row) -> np.ndarray:
+    """Which of DENSE_LABELS somebody looked for in a row, bool `(L,)`."""
+    names: dict[int, str] = row["label_names"]
+    return np.isin(DENSE_LABELS, [*segmentable(names), *map(plain_name, names.values())])
 
 
 def _patch_shape(shape: Sequence[int]) -> tuple[int, int, int]:

@@ -2,7 +2,8 @@
 
 Two embeddings of every volume: `encoder`, the mean of the vision encoder's tokens, and `aligned`, the unit vector of
 the image-text contrast of stage 2. The contrast that the header states is kept from both, so that what they know of it
-comes from the image. Classifiers learn on the training patients and are scored on the held-out ones.
+comes from the image. Classifiers learn on the training patients and are scored on the held-out ones. What single tokens
+know of their place is told by `places`.
 """
 
 # N volumes, D embedding width
@@ -14,7 +15,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -32,17 +33,19 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from omnimri.models.omnimri import read_index
+from omnimri.models.preprocess import VolumeInput
 from omnimri.models.vocabulary import CONTRASTS, RESEARCH_NOTICE
 from omnimri.platform.cluster import quiet_ray_data
 from omnimri.platform.data.schema import FACTS
 from omnimri.platform.data.shards import RowRef, Shards, load_row, row_to_scan
 from omnimri.platform.data.views import contrast_index, description_text
+from omnimri.platform.evaluation.places import Places, format_places, place_scores, places_of
 from omnimri.platform.tracking import Tracker
 
 LABELS = ("contrast", "plane", "diagnosis", "vendor")
 PARTS = ("vision", "align", "text_encoder", "clip_head")
 TEMPLATE = "probe.html.j2"
-_COLUMNS = ("image", "affine", "classes", "description", "report", *FACTS)
+_COLUMNS = ("image", "affine", "classes", "description", "report", "label_map", "label_names", *FACTS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +56,8 @@ class ProbeConfig:
     """Split that is scored; classifiers learn on `train`."""
     max_volumes: int | None = None
     """Of each split at most."""
+    places_per_volume: int = 512
+    """Visual tokens of a labelled volume that are read by themselves, at most."""
     neighbours: int = 5
     perplexity: float = 10.0
     """Of t-SNE; about how many neighbours a point attends to."""
@@ -74,13 +79,15 @@ class Volumes:
     """`(N, D')` each: volumes as stage 2 sees them, with the header's contrast, and their texts; NaN without one."""
     labels: dict[str, list[str | None]]
     wordings: list[str]
+    places: list[Places] = field(default_factory=list)
 
 
 def probe(model_dir: Path, shards: Shards, out: Path, config: ProbeConfig, *, command: str = "") -> dict[str, Any]:
     """Embed, score, and write `probe.json`, `index.html` and `embeddings.npz` to `out`.
 
     Returns:
-        The content of `probe.json`: `spaces` -> space -> label -> figure; `retrieval`; and where it comes from.
+        The content of `probe.json`: `spaces` -> space -> label -> figure; `places` -> label -> figure; `retrieval`;
+        and where it comes from.
 
     Raises:
         ValueError: If `model_dir` is no checkpoint, or the training or the scored split holds no volume.
@@ -95,7 +102,8 @@ def probe(model_dir: Path, shards: Shards, out: Path, config: ProbeConfig, *, co
     result = {
         "model_version": index["version"], "data_digest": shards.digest, "split": config.split,
         "volumes": {"train": len(learned.wordings), config.split: len(held_out.wordings)},
-        "spaces": spaces, "retrieval": retrieval(held_out), "simulated": any(ref.simulated for ref in shards.rows),
+        "spaces": spaces, "places": place_scores(learned.places, held_out.places, config.seed),
+        "retrieval": retrieval(held_out), "simulated": any(ref.simulated for ref in shards.rows),
         "config": asdict(config), "command": command, "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "notice": RESEARCH_NOTICE,
     }  # fmt: skip
@@ -115,19 +123,21 @@ def _embed(model_dir: Path, shards: Shards, split: str, config: ProbeConfig) -> 
     with quiet_ray_data():
         items = ray.data.from_items([{"index": i} for i in range(len(refs))], override_num_blocks=len(refs))
         results = items.map_batches(
-            _Embedder, fn_constructor_kwargs={"model_dir": model_dir, "refs": refs}, batch_size=1, num_cpus=1,
+            _Embedder, batch_size=1, num_cpus=1,
+            fn_constructor_kwargs={"model_dir": model_dir, "refs": refs, "config": config},
             compute=ray.data.ActorPoolStrategy(size=min(config.num_workers, len(refs))),
         )  # fmt: skip
         rows = sorted(results.iter_rows(), key=lambda row: row["index"])
     stacked = {name: np.stack([row[name] for row in rows]) for name in ("encoder", "aligned", "images", "texts")}
     labels = {name: [row[name] or None for row in rows] for name in LABELS}
-    return Volumes(**stacked, labels=labels, wordings=[row["wording"] for row in rows])
+    places = [Places(**{part.name: row[part.name] for part in fields(Places)}) for row in rows]
+    return Volumes(**stacked, labels=labels, wordings=[row["wording"] for row in rows], places=places)
 
 
 class _Embedder:
     """Holds the parts of stages 1 and 2."""
 
-    def __init__(self, model_dir: Path, refs: Sequence[RowRef]) -> None:
+    def __init__(self, model_dir: Path, refs: Sequence[RowRef], config: ProbeConfig) -> None:
         from omnimri.models.engine import sequence_builder
         from omnimri.models.omnimri import OmniMRI
         from omnimri.models.preprocess import read_preprocess
@@ -140,21 +150,29 @@ class _Embedder:
         self._preprocess = read_preprocess(model_dir)
         self._builder = sequence_builder(self._model.config, load_tokenizer(model_dir / "tokenizer"))
         self._refs = refs
+        self._config = config
 
     def __call__(self, batch: Mapping[str, np.ndarray]) -> dict[str, list[Any]]:
         index = int(batch["index"][0])
         row = load_row(self._refs[index], _COLUMNS)
         wording = description_text(row["description"]) or row["report"] or ""
         with torch.inference_mode():
-            vectors = {name: [value.float().numpy()] for name, value in self._vectors(row, wording).items()}
+            view = self._preprocess.volume(row_to_scan(row))
+            tokens = self._model.vision_tokens(view.volume[None])
+            vectors = {k: [value.float().numpy()] for k, value in self._vectors(row, wording, view, tokens).items()}
+            places = places_of(
+                row, tokens[0], self._model.config.vision.token_stride, self._preprocess,
+                self._config.places_per_volume, self._config.seed + index,
+            )  # fmt: skip
         labels = {name: [row[name] or ""] for name in ("contrast", "plane", "vendor")}
         labels["diagnosis"] = [(row["classes"] or [""])[0]]
-        return {"index": [index], "wording": [wording], **labels, **vectors}
+        read = {part.name: [getattr(places, part.name)] for part in fields(places)}
+        return {"index": [index], "wording": [wording], **labels, **vectors, **read}
 
-    def _vectors(self, row: Mapping[str, Any], wording: str) -> dict[str, torch.Tensor]:
-        view = self._preprocess.volume(row_to_scan(row))
+    def _vectors(
+        self, row: Mapping[str, Any], wording: str, view: VolumeInput, tokens: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
         volume, spacing = view.volume[None], view.spacing_mm[None]
-        tokens = self._model.vision_tokens(volume)
         if not self._is_aligned:
             return {"encoder": tokens[0].mean(0), **dict.fromkeys(("aligned", "images", "texts"), torch.zeros(0))}
         state = self._text_state(wording)
@@ -267,6 +285,8 @@ def flat(result: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     for space, labels in result["spaces"].items():
         for label, figures in labels.items():
             yield from ((f"{space}/{label}/{k}", v) for k, v in figures.items() if isinstance(v, float))
+    for label, figures in result["places"].items():
+        yield from ((f"places/{label}/{k}", v) for k, v in figures.items() if isinstance(v, float))
     yield from ((f"retrieval/{k}", v) for k, v in result["retrieval"].items() if isinstance(v, float))
 
 
@@ -293,4 +313,4 @@ def format_probe(result: Mapping[str, Any]) -> str:
     figures = [
         f"{name} {value:.2f}" if isinstance(value, float) else f"{name} {value}" for name, value in found.items()
     ]
-    return "\n".join([*lines, "", f"retrieval: {', '.join(figures)}"])
+    return "\n".join([*lines, "", format_places(result["places"]), "", f"retrieval: {', '.join(figures)}"])

@@ -203,7 +203,7 @@ def test_patches_of_volumes_are_answered_as_slices_are(model: OmniMRI, builder: 
 def test_a_volume_without_the_structure_does_not_shout_down_one_that_has_it(
     model: OmniMRI, builder: SequenceBuilder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where masks are still nearly empty; counted in the Dice, absence pushed eleven times as hard as presence pulled."""
+    """Where masks are nearly empty; counted in the Dice, absence pushed eleven times as hard as presence pulled."""
     batch = collate(segment_samples(2), builder)
     slices = len(batch["slices"]) // 2
     batch["slice_target"] = torch.zeros_like(batch["slice_target"])

@@ -10,6 +10,8 @@ import torch
 from omnimri.models.config import tiny
 from omnimri.models.omnimri import OmniMRI
 from omnimri.models.tokenizer import train_tokenizer
+from omnimri.models.vocabulary import DENSE_LABELS
+from omnimri.platform.evaluation.places import Places, place_scores
 from omnimri.platform.evaluation.probe import (
     PARTS,
     ProbeConfig,
@@ -72,12 +74,40 @@ def test_retrieval_counts_equal_texts_as_one() -> None:
 
 
 @pytest.mark.slow
+def volumes_of_places(seed: int, count: int = 24) -> list[Places]:
+    """A direction tells of `lesion`, none of `white matter`; haemorrhage is known of no volume."""
+    rng = np.random.default_rng(seed)
+    lesion, white, bleeding = (DENSE_LABELS.index(name) for name in ("lesion", "white matter", "haemorrhage"))
+    found = []
+    for number in range(count):
+        holds = np.zeros((50, len(DENSE_LABELS)), bool)
+        holds[rng.integers(50), lesion] = number % 2
+        holds[:, white] = rng.random(50) < 0.3
+        holds[:5, bleeding] = True
+        tokens = rng.standard_normal((50, 12)).astype(np.float16)
+        tokens[:, 3] += 8 * holds[:, lesion]
+        found.append(Places(tokens, holds, np.arange(len(DENSE_LABELS)) != bleeding))
+    return found
+
+
+def test_single_tokens_are_scored_by_what_their_own_place_holds() -> None:
+    scores = place_scores(volumes_of_places(0), volumes_of_places(1), seed=0)
+    assert scores["lesion"]["auroc"] > 0.99
+    assert scores["lesion"]["top_place"] > 0.9
+    assert scores["lesion"]["chance"] == pytest.approx(1 / 50)
+    assert scores["lesion"]["volumes"] == 12
+    assert abs(scores["white matter"]["auroc"] - 0.5) < 0.1
+    assert "no place holds it" in scores["haemorrhage"]["reason"]
+    assert "no place holds it" in scores["grey matter"]["reason"]
+
+
 def test_the_probe_of_a_checkpoint_writes_its_page(tmp_path: Path, ray_cluster: None) -> None:
     torch.manual_seed(0)
     tokenizer = train_tokenizer(["Old infarct in the left hemisphere."] * 3, tiny().backbone.vocab_size)
     OmniMRI(tiny(), PARTS).save(tmp_path / "model", tokenizer, version="untrained-0", run={})
     OmniMRI(tiny(), ("vision",)).save(tmp_path / "first", tokenizer, version="untrained-1", run={})
     rows = [phantom_row(i, split=("train", "test")[i // 4 % 2], patient=i // 2, kspace=False) for i in range(16)]
+    rows[4] |= {"label_map": None, "label_names": None}  # nobody has drawn in one of the eight that are scored
     shards = write_phantoms(tmp_path / "data", rows)
     out = tmp_path / "out"
     result = probe(tmp_path / "model", shards, out, ProbeConfig(num_workers=1, perplexity=3))
@@ -85,6 +115,9 @@ def test_the_probe_of_a_checkpoint_writes_its_page(tmp_path: Path, ray_cluster: 
     assert result["volumes"] == {"train": 8, "test": 8}
     assert set(result["spaces"]) == {"encoder", "aligned"}
     assert result["spaces"]["encoder"]["vendor"]["classes"] == 2
+    places = result["places"]["cerebrospinal fluid"]
+    assert places["volumes"] == 7
+    assert places["auroc"] > 0.8, "even tokens of an untrained encoder tell the middle of a phantom from air"
     assert result["retrieval"]["images"] == 8
     assert "fewer than two" in result["spaces"]["encoder"]["plane"]["reason"]
     assert np.load(out / "embeddings.npz")["encoder"].shape == (8, tiny().vision.token_dim)
