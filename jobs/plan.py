@@ -11,6 +11,7 @@ Examples:
   omnimri plan --preset base --gpus 2 --gpu-memory 40 --zero 2 --set text_tokens=1024
   omnimri plan --preset 7b --gpus 64 --set peak_tflops=989 --set utilisation=0.4
   omnimri plan --preset 7b --gpus 64 --set also_trains=vision
+  omnimri plan --preset 7b --gpus 8 --set lora_rank=16
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from typing import Literal
 
 import torch
 
+from omnimri.models.backbone import add_adapters
 from omnimri.models.config import OmniMRIConfig, preset
 from omnimri.models.omnimri import OmniMRI
 from omnimri.platform.training.stages import PARTS, stage_named
@@ -40,6 +41,8 @@ class PlanConfig:
     stage: str = "instruct"
     also_trains: tuple[str, ...] = ()
     """Parts that learn beside those of the stage, as `TrainConfig.also_trains` has them."""
+    lora_rank: int | None = None
+    """As `TrainConfig.lora_rank`: the backbone is frozen but for adapters of this rank."""
     micro_batch: int = 4
     """Sequences per forward pass on one GPU."""
     text_tokens: int = 512
@@ -62,6 +65,8 @@ class PlanConfig:
         for name in ("gpus", "gpus_per_node", "micro_batch", "text_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"PlanConfig.{name} must be at least 1, found {getattr(self, name)}.")
+        if self.lora_rank is not None and self.lora_rank < 1:
+            raise ValueError(f"PlanConfig.lora_rank must be 1 or more, or none; found {self.lora_rank}.")
         if self.zero not in (0, 1, 2, 3):
             raise ValueError(f"PlanConfig.zero must be 0, 1, 2 or 3, found {self.zero}.")
         if self.offload == "cpu" and self.zero == 0:
@@ -74,6 +79,11 @@ class PlanConfig:
         """Parts of the model that hold gradients and optimizer state."""
         return stage_named(self.stage).trained_parts(self.also_trains)
 
+    @property
+    def is_adapted(self) -> bool:
+        """Whether adapters learn in the place of the backbone."""
+        return self.lora_rank is not None and "backbone" in self.learning
+
 
 @dataclass(frozen=True)
 class Counts:
@@ -84,6 +94,17 @@ class Counts:
     """Of the backbone, that one token goes through."""
     largest: int
     """Of the largest module that ZeRO-3 gathers at once: of a layer with experts all of them."""
+    adapters: int
+    """Of the backbone's adapters, for each rank."""
+
+    def added(self, plan: PlanConfig) -> int:
+        """Parameters of adapters."""
+        return self.adapters * (plan.lora_rank or 0) if plan.is_adapted else 0
+
+    def learning(self, plan: PlanConfig) -> int:
+        """Parameters that hold gradients and optimizer state."""
+        whole = sum(self.parts[name] for name in plan.learning if not (plan.is_adapted and name == "backbone"))
+        return whole + self.added(plan)
 
 
 def count(config: OmniMRIConfig) -> Counts:
@@ -95,7 +116,9 @@ def count(config: OmniMRIConfig) -> Counts:
     idle = experts * (config.backbone.num_experts - config.backbone.experts_per_token) // config.backbone.num_experts
     layer = sum(p.numel() for p in model.backbone.model.layers[0].mlp.parameters())
     embedding = model.backbone.get_input_embeddings().weight.numel()
-    return Counts(parts, parts["backbone"] - idle, max(layer, embedding))
+    add_adapters(model.backbone, rank=1)
+    adapters = sum(p.numel() for p in model.backbone.parameters()) - parts["backbone"]
+    return Counts(parts, parts["backbone"] - idle, max(layer, embedding), adapters)
 
 
 def model_states(
@@ -208,7 +231,9 @@ def step_flops(config: OmniMRIConfig, counts: Counts, plan: PlanConfig) -> float
                                + counts.parts["text_encoder"] * plan.text_tokens)  # fmt: skip
     lookup = c.vocab_size * c.hidden_size * (not c.tie_embeddings)
     attention = 4 * c.num_layers * c.hidden_size * tokens / 2  # per token, causal
-    total = swin + passes * tokens * (2 * (counts.active - lookup) + attention)
+    # Of frozen weights there is no gradient; it still flows through them.
+    weights = (passes - plan.is_adapted) * 2 * (counts.active - lookup) + passes * 2 * counts.added(plan)
+    total = swin + tokens * (weights + passes * attention)
     if plan.stage == "instruct":
         levels = trunk_levels(config)
         total += passes * sum(2 * 5 * taps * channels**2 * places for channels, places, taps in levels)
@@ -232,9 +257,9 @@ class Plan:
 
     def states(self, zero: int) -> dict[str, float]:
         """Bytes of model states on one GPU under a stage of ZeRO."""
-        parts, settings = self.counts.parts, self.settings
-        learning = sum(parts[name] for name in settings.learning)
-        return model_states(sum(parts.values()), learning, self.counts.largest, zero=zero, workers=settings.gpus,
+        counts, settings = self.counts, self.settings
+        total = sum(counts.parts.values()) + counts.added(settings)
+        return model_states(total, counts.learning(settings), counts.largest, zero=zero, workers=settings.gpus,
                             offload=settings.offload == "cpu" and zero > 0)  # fmt: skip
 
     @property
@@ -308,7 +333,8 @@ def largest_micro_batch(plan: Plan) -> int:
 def format_plan(plan: Plan) -> str:
     """The plan as text."""
     settings, counts = plan.settings, plan.counts
-    total, trains = sum(counts.parts.values()), settings.learning
+    total = sum(counts.parts.values()) + counts.added(settings)
+    trains = [name for name in settings.learning if not (settings.is_adapted and name == "backbone")]
     tokens = sequence_tokens(plan.config, settings)
     flops = step_flops(plan.config, counts, settings)
     per_second = settings.gpus * settings.utilisation * settings.peak_tflops * 1e12 / flops
@@ -320,6 +346,8 @@ def format_plan(plan: Plan) -> str:
         "parameters in millions (* learn in this stage)",
     ]
     lines += [f"  {name + ('*' if name in trains else ''):<28}{n / 1e6:>12,.1f}" for name, n in counts.parts.items()]
+    if adapters := counts.added(settings):
+        lines.append(f"  {'adapters* (backbone frozen)':<28}{adapters / 1e6:>12,.1f}")
     lines += [f"  {'in all':<28}{total / 1e6:>12,.1f}",
               f"  {'backbone, active per token':<28}{counts.active / 1e6:>12,.1f}", ""]  # fmt: skip
     lines += ["model states on each GPU, GiB"]

@@ -11,7 +11,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem
 from torch.utils.flop_counter import FlopCounterMode
 
 from omnimri.jobs import plan as job
-from omnimri.models.backbone import build_backbone
+from omnimri.models.backbone import add_adapters, build_backbone
 from omnimri.models.config import preset
 from omnimri.models.omnimri import OmniMRI
 from omnimri.platform.training.optimizer import parameter_groups, train_only
@@ -132,6 +132,27 @@ def test_states_are_those_of_a_real_optimizer_under_what_else_learns(stage: str,
     assert ("activations, vision" in plan.memory) == ("vision" in (*also, *STAGES[stage].trains))
     starred = {line.split("*")[0].strip() for line in format_plan(plan).splitlines() if "*  " in line}
     assert starred == set(train.trained_parts(STAGES[stage]))
+
+
+def test_adapters_are_counted_as_they_are_trained() -> None:
+    """Against the parameters that learn in the real model."""
+    plain, adapted = (make_plan("tiny", PlanConfig(gpus=1, zero=1, lora_rank=rank)) for rank in (None, 4))
+    model = OmniMRI(plain.config)
+    train_only(model.parts(), PlanConfig(gpus=1).learning)
+    add_adapters(model.backbone, 4)
+    learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert adapted.counts.learning(adapted.settings) == learning
+    assert adapted.states(1)["optimizer"] == 12 * learning
+    assert adapted.states(1)["weights"] == 4 * sum(p.numel() for p in model.parameters())
+    ratio = step_flops(adapted.config, adapted.counts, adapted.settings) / step_flops(
+        plain.config, plain.counts, plain.settings
+    )
+    assert 0.6 < ratio < 1
+    not_there = PlanConfig(gpus=1, stage="align", lora_rank=4)  # stage 2 does not train the backbone
+    assert adapted.counts.added(not_there) == 0
+    assert "adapters* (backbone frozen)" in format_plan(adapted)
+    with pytest.raises(ValueError, match="lora_rank must be 1 or more"):
+        PlanConfig(gpus=1, lora_rank=0)
 
 
 def test_the_encoder_in_a_later_stage_costs_memory_and_work() -> None:
