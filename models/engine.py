@@ -8,6 +8,7 @@ crosses between them are plain arrays.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -275,12 +276,15 @@ class Engine:
     def candidates(self, answers: Sequence[TextAnswer], scan: Scan) -> list[Box]:
         """Boxes of a greedy and of drawn answers, the surest first, none of them where a surer one lies.
 
-        A greedy answer is one point of operation; these are boxes for all of them.
+        A greedy answer is one point of operation; these are boxes for all of them. An answer that cannot be read has
+        none.
         """
+        found: list[Box] = []
+        for answer in answers:
+            with contextlib.suppress(ValueError):
+                found += self.boxes(answer, scan)
         kept: list[Box] = []
-        for box in sorted(
-            (box for answer in answers for box in self.boxes(answer, scan)), key=lambda box: -(box.score or 0.0)
-        ):
+        for box in sorted(found, key=lambda box: -(box.score or 0.0)):
             overlap = box_iou(np.array([other.box_voxel for other in kept]), np.array([box.box_voxel]))
             if not (overlap >= SAME_PLACE).any():
                 kept.append(box)

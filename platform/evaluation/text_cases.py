@@ -104,10 +104,7 @@ def _candidates(context: CaseContext, found: Detected, scan: Scan) -> list[Box] 
         return None
     prompt = engine.encode(found.seen, instruction_for("detect"), "detect")
     drawn = engine.sample_texts(prompt, config.box_samples, max_new_tokens=config.max_new_tokens, seed=config.seed)
-    try:
-        return list(engine.candidates([found.answer, *drawn], scan))
-    except ValueError:  # as above
-        return []
+    return list(engine.candidates([found.answer, *drawn], scan))
 
 
 def box_table(

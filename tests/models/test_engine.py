@@ -346,7 +346,9 @@ def test_the_tokens_of_a_box_make_its_score(engine: Engine, scan: Scan) -> None:
 
 def test_candidates_are_sorted_and_lie_apart(engine: Engine, scan: Scan) -> None:
     prompt = engine.encode(scan, "Detect every lesion.", "detect")
-    boxes = engine.candidates(engine.sample_texts(prompt, 8, max_new_tokens=120), scan)
+    answers = engine.sample_texts(prompt, 8, max_new_tokens=120)
+    boxes = engine.candidates(answers, scan)
+    assert engine.candidates([replace(answers[0], text="Two lesions."), *answers], scan) == boxes
     scores, corners = [box.score for box in boxes], np.array([box.box_voxel for box in boxes])
     assert scores == sorted(scores, reverse=True)
     overlap = box_iou(corners, corners) - np.eye(len(boxes))

@@ -146,7 +146,8 @@ class KnowingEngine:
         ]
 
     def candidates(self, answers: Sequence[TextAnswer], scan: Scan) -> list[Box]:
-        found = {box.box_voxel: box for answer in answers for box in self.boxes(answer, scan)}
+        readable = [answer for answer in answers if answer.text.startswith("[")]
+        found = {box.box_voxel: box for answer in readable for box in self.boxes(answer, scan)}
         return sorted(found.values(), key=lambda box: -(box.score or 0.0))
 
     def score_choices(self, prompt: FakePrompt, choices: Sequence[str]) -> np.ndarray:
