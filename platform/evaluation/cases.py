@@ -23,6 +23,8 @@ from omnimri.platform.evaluation.figures import orient_slice
 MODEL = "omnimri"
 BLANK = "blank_image"
 SHUFFLED = "shuffled_image"
+MASK_BOXES = "mask_boxes"
+"""The same model, but the image decoder answers: boxes around the lesions that it draws."""
 CEILING = "fully_sampled"
 """Not a rival: the best that any reconstruction with the same coil maps could reach."""
 RIVALS = {

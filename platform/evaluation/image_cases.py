@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -31,6 +31,9 @@ from omnimri.platform.evaluation.cases import (
 )
 from omnimri.platform.evaluation.config import EvaluateConfig
 from omnimri.platform.evaluation.figures import orient_slice
+
+if TYPE_CHECKING:
+    from omnimri.models.engine import Segmentation
 
 
 def reconstruct_case(context: CaseContext, row: Mapping[str, Any]) -> CaseResult:
@@ -211,11 +214,17 @@ def segment_case(context: CaseContext, row: Mapping[str, Any]) -> CaseResult:
     return CaseResult(records, picture)
 
 
-def _model_masks(context: CaseContext, scan: Scan, structures: list[str]) -> dict[str, np.ndarray]:
+def model_segmentation(context: CaseContext, scan: Scan, structures: Sequence[str]) -> Segmentation:
+    """The model's answer to a prompt for each structure."""
     prompts = {
         name: context.engine.encode(scan, instruction_for("segment", structure=name), "segment") for name in structures
     }
-    answer = context.engine.segment(scan, prompts, num_steps=context.config.segment_steps)
+    answer: Segmentation = context.engine.segment(scan, prompts, num_steps=context.config.segment_steps)
+    return answer
+
+
+def _model_masks(context: CaseContext, scan: Scan, structures: Sequence[str]) -> dict[str, np.ndarray]:
+    answer = model_segmentation(context, scan, structures)
     return {name: np.asarray(answer.masks[name], dtype=bool) for name in structures}
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from omnimri.models import metrics
 from omnimri.models.vocabulary import TISSUES
-from omnimri.platform.evaluation.cases import ABLATIONS, BLANK, CEILING, MODEL, RIVALS, SHUFFLED
+from omnimri.platform.evaluation.cases import ABLATIONS, BLANK, CEILING, MASK_BOXES, MODEL, RIVALS, SHUFFLED
 
 Table = Mapping[str, np.ndarray]
 """Columns of one method's records, row by row."""
@@ -266,6 +266,7 @@ METHOD_LABELS = {
     MODEL: "OmniMRI",
     BLANK: "OmniMRI on a blank image",
     SHUFFLED: "OmniMRI on another patient's image",
+    MASK_BOXES: "OmniMRI's lesions as boxes",
     **{name: f"OmniMRI {what}" for name, what in ABLATIONS.items()},
     **RIVALS,
     "zero_filled": "Zero-filled, coil maps",
@@ -281,7 +282,11 @@ NOT_APPLICABLE = {
     (name, "residual"): "a magnitude has no phase, so no k-space follows from it"
     for name in ("zero_filled_rss", "recon_unet", "varnet")
 } | {
-    ("segment_boxes", "ece_raw"): "its boxes are not made of tokens",
-    ("segment_boxes", "ece"): "its scores are not calibrated",
+    (name, metric): reason
+    for name in ("segment_boxes", MASK_BOXES)
+    for metric, reason in (
+        ("ece_raw", "its boxes are not made of tokens"),
+        ("ece", "its scores are not calibrated"),
+    )
 }
 """Why a method has no value of a metric."""

@@ -15,10 +15,11 @@ from omnimri.models.boxes import Box
 from omnimri.models.decoding import TextAnswer
 from omnimri.models.prompts import diagnosis_choices, instruction_for
 from omnimri.models.scan import Scan
-from omnimri.models.vocabulary import DIAGNOSES
+from omnimri.models.vocabulary import DIAGNOSES, LESION, TISSUES
 from omnimri.platform.data.shards import row_to_scan
 from omnimri.platform.evaluation import baselines
 from omnimri.platform.evaluation.cases import (
+    MASK_BOXES,
     CaseContext,
     CaseResult,
     base_picture,
@@ -27,6 +28,8 @@ from omnimri.platform.evaluation.cases import (
     timed,
 )
 from omnimri.platform.evaluation.figures import orient_slice
+from omnimri.platform.evaluation.image_cases import model_segmentation
+from omnimri.platform.evaluation.mask_boxes import boxes_of
 from omnimri.platform.evaluation.text import LEXICAL, ReportCounts, compare_reports, label_text, missing_package
 
 MAX_CANDIDATES = 64
@@ -43,6 +46,8 @@ def detect_case(context: CaseContext, row: Mapping[str, Any]) -> CaseResult:
         lambda seen: _model_boxes(context, seen, seen),
         lambda seen: _model_boxes(context, baselines.blank_scan(seen), seen),
     )
+    if context.engine is not None:
+        methods[MASK_BOXES] = lambda seen: _mask_boxes(context, seen)
     records, answers = [], {}
     for method, detect in methods.items():
         found, seconds = timed(partial(detect, scan))
@@ -90,6 +95,12 @@ def _model_boxes(context: CaseContext, seen: Scan, scan: Scan) -> Detected:
         return Detected(context.engine.boxes(answer, scan), answer, seen)
     except ValueError:  # counted as `parsed` = 0
         return Detected(None, answer, seen)
+
+
+def _mask_boxes(context: CaseContext, scan: Scan) -> list[Box]:
+    """Boxes around the lesions that the model draws."""
+    found = model_segmentation(context, scan, (*TISSUES, LESION))
+    return boxes_of(scan, found.probabilities, LESION, threshold=0.5)
 
 
 def _candidates(context: CaseContext, found: Detected, scan: Scan) -> list[Box] | None:

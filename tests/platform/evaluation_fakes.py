@@ -167,7 +167,10 @@ class KnowingEngine:
         return SimpleNamespace(image=(truth * 1.001).astype(np.complex64), uncertainty=0.001 * truth)
 
     def segment(self, scan: Scan, prompts: dict[str, FakePrompt], **_: Any) -> SimpleNamespace:
-        return SimpleNamespace(masks={name: self._mask(scan, name, prompt) for name, prompt in prompts.items()})
+        masks = {name: self._mask(scan, name, prompt) for name, prompt in prompts.items()}
+        return SimpleNamespace(
+            masks=masks, probabilities={name: mask.astype(np.float32) for name, mask in masks.items()}
+        )
 
     def _mask(self, scan: Scan, name: str, prompt: FakePrompt) -> np.ndarray:
         if prompt.row is None or self.garbled:

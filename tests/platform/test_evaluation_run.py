@@ -15,7 +15,7 @@ from omnimri.models.vocabulary import LESION
 from omnimri.platform.data.shards import Shards
 from omnimri.platform.evaluation.baselines import SenseSetting
 from omnimri.platform.evaluation.calibration import fit_platt
-from omnimri.platform.evaluation.cases import BLANK, CEILING, MODEL, CaseContext, CaseResult
+from omnimri.platform.evaluation.cases import BLANK, CEILING, MASK_BOXES, MODEL, CaseContext, CaseResult
 from omnimri.platform.evaluation.config import EvaluateConfig
 from omnimri.platform.evaluation.evaluate import evaluate, log_evaluation, plan, spread_over_patients
 from omnimri.platform.evaluation.floors import shuffled
@@ -67,6 +67,7 @@ def test_a_model_that_knows_the_truth_scores_perfectly(
     assert tasks["segment"]["volume"][MODEL]["lesion_false_alarm"].value == 0.0
     assert tasks["detect"]["iou_0.1"][MODEL]["sensitivity"].value == 1.0
     assert tasks["detect"]["iou_0.1"][BLANK]["sensitivity"].value == 0.0
+    assert tasks["detect"]["iou_0.1"][MASK_BOXES]["sensitivity"].value == 1.0
     assert tasks["diagnose"]["patient"][MODEL]["balanced_accuracy"].value == 1.0
     assert tasks["diagnose"]["patient"]["majority_class"]["balanced_accuracy"].value == 0.5
     assert tasks["report"]["volume"][MODEL]["hallucination_rate"].value == 0.0

@@ -24,11 +24,12 @@ from omnimri.models.vocabulary import DIAGNOSES, LESION, NORMAL, STRUCTURES, TIS
 from omnimri.platform.data.shards import Shards, load_row, row_to_scan
 from omnimri.platform.evaluation import baselines
 from omnimri.platform.evaluation.image_cases import reference_masks, segmentation_values
+from omnimri.platform.evaluation.mask_boxes import boxes_of
 from omnimri.platform.evaluation.text import label_text
 from omnimri.platform.specialists import fit as fit_module
 from omnimri.platform.specialists.augment import augment_slices
 from omnimri.platform.specialists.diagnosis import DiagnosisConfig, SliceClassifier
-from omnimri.platform.specialists.findings import Detector, Reporter, best_threshold, boxes_of
+from omnimri.platform.specialists.findings import Detector, Reporter, best_threshold
 from omnimri.platform.specialists.fit import FitConfig, fit, learning_rate
 from omnimri.platform.specialists.networks import num_parameters
 from omnimri.platform.specialists.reconstruction import (
