@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.linear_model import SGDClassifier
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -64,7 +64,7 @@ def places_of(
     return Places(tokens.numpy()[kept].astype(np.float16), holds[kept], known_labels(row))
 
 
-def place_scores(learned: Sequence[Places], held_out: Sequence[Places], seed: int) -> dict[str, dict[str, Any]]:
+def place_scores(learned: Sequence[Places], held_out: Sequence[Places]) -> dict[str, dict[str, Any]]:
     """How far each label can be read from the token of a place.
 
     Returns:
@@ -72,17 +72,17 @@ def place_scores(learned: Sequence[Places], held_out: Sequence[Places], seed: in
         highest place is one that holds it), `chance` (the same for a place drawn evenly), `volumes` with the label and
         `places`; or `reason`.
     """
-    return {name: _score(learned, held_out, label, seed) for label, name in enumerate(DENSE_LABELS)}
+    return {name: _score(learned, held_out, label) for label, name in enumerate(DENSE_LABELS)}
 
 
-def _score(learned: Sequence[Places], held_out: Sequence[Places], label: int, seed: int) -> dict[str, Any]:
+def _score(learned: Sequence[Places], held_out: Sequence[Places], label: int) -> dict[str, Any]:
     train, test = ([places for places in split if places.known[label]] for split in (learned, held_out))
     y, y_new = (np.array([held for places in split for held in places.holds[:, label]]) for split in (train, test))
     if min(len(set(y)), len(set(y_new))) < 2:
         return {"reason": "not computed: in one of the splits no place holds it, or all do", "places": len(y_new)}
-    classifier = make_pipeline(
-        StandardScaler(), SGDClassifier(loss="log_loss", class_weight="balanced", alpha=1e-3, random_state=seed)
-    ).fit(np.concatenate([places.tokens for places in train]).astype(np.float32), y)
+    classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=2000)).fit(
+        np.concatenate([places.tokens for places in train]).astype(np.float32), y
+    )
     scores = [classifier.decision_function(places.tokens.astype(np.float32)) for places in test]
     holding = [(score, places.holds[:, label]) for score, places in zip(scores, test, strict=True)]
     holding = [(score, holds) for score, holds in holding if holds.any()]

@@ -102,7 +102,7 @@ def probe(model_dir: Path, shards: Shards, out: Path, config: ProbeConfig, *, co
     result = {
         "model_version": index["version"], "data_digest": shards.digest, "split": config.split,
         "volumes": {"train": len(learned.wordings), config.split: len(held_out.wordings)},
-        "spaces": spaces, "places": place_scores(learned.places, held_out.places, config.seed),
+        "spaces": spaces, "places": place_scores(learned.places, held_out.places),
         "retrieval": retrieval(held_out), "simulated": any(ref.simulated for ref in shards.rows),
         "config": asdict(config), "command": command, "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "notice": RESEARCH_NOTICE,

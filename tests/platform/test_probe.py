@@ -91,7 +91,7 @@ def volumes_of_places(seed: int, count: int = 24) -> list[Places]:
 
 
 def test_single_tokens_are_scored_by_what_their_own_place_holds() -> None:
-    scores = place_scores(volumes_of_places(0), volumes_of_places(1), seed=0)
+    scores = place_scores(volumes_of_places(0), volumes_of_places(1))
     assert scores["lesion"]["auroc"] > 0.99
     assert scores["lesion"]["top_place"] > 0.9
     assert scores["lesion"]["chance"] == pytest.approx(1 / 50)
