@@ -273,9 +273,9 @@ class InstructionTuning(nn.Module):
         # Dice of each volume's structures that are there. Where one is not, the first wrong voxel would cost as much
         # as a whole structure, and rare ones would be learnt as never there: cross-entropy teaches absence.
         there = wanted > 0
-        dice = ((2 * overlap + 1) / (size + 1))[there].sum() / there.sum().clamp_min(1)
+        missed = (1 - (2 * overlap + 1) / (size + 1))[there].sum() / there.sum().clamp_min(1)
         cross_entropy = F.binary_cross_entropy_with_logits(logit, target)
-        return {"loss_segment": cross_entropy + there.any() * (1 - dice), "soft_dice": dice}
+        return {"loss_segment": cross_entropy + missed, "soft_dice": 1 - missed}
 
     def _times(self, count: int, device: torch.device) -> Tensor:
         """Bridge times: the start (1) for some samples, uniform in (0, 1] for the others."""

@@ -23,7 +23,8 @@ from omnimri.models.physics import SenseOperator, root_sum_of_squares
 from omnimri.models.preprocess import Preprocess
 from omnimri.models.resample import pad_or_crop
 from omnimri.models.scan import Scan
-from omnimri.models.vocabulary import CONTRASTS, DENSE_LABELS, LESION, PLANES
+from omnimri.models.vocabulary import CONTRASTS, LESION, PLANES
+from omnimri.platform.data.labels import dense_labels, known_labels, structure_mask
 from omnimri.platform.data.patches import cut_patches, draw_corners
 from omnimri.platform.data.shards import RowRef, row_to_scan
 from omnimri.platform.data.undersampling import reconstruction_arrays, undersample
@@ -35,7 +36,6 @@ from omnimri.platform.language.instruct import (
     segment_pair,
     segmentable,
 )
-from omnimri.platform.language.words import finding_field, plain_name
 
 Row = Mapping[str, Any]
 Sample = dict[str, Any]
@@ -140,11 +140,6 @@ def labelled_slices_sample(row: Row, rng: np.random.Generator, options: ViewOpti
     return _labelled(row, torch.stack(slices, dim=1)[:, :, None], rng)
 
 
-def dense_labels(row: Row, on_grid: Callable[[np.ndarray], torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Masks of what stage 1 is told of, by name; empty where nobody looked."""
-    return {name: on_grid(structure_mask(row["label_map"], row["label_names"], name)) for name in DENSE_LABELS}
-
-
 def _labelled(row: Row, cut: torch.Tensor, rng: np.random.Generator) -> Sample:
     """Fields of a labelled sample from image and labels `(P, 1 + L, d, h, w)`, half of them mirrored."""
     mirrored = rng.random(len(cut)) < 0.5
@@ -154,12 +149,6 @@ def _labelled(row: Row, cut: torch.Tensor, rng: np.random.Generator) -> Sample:
         "labels": cut[:, 1:].numpy() > 0,
         "known": np.repeat(known_labels(row)[None], len(cut), axis=0),
     }
-
-
-def known_labels(row: Row) -> np.ndarray:
-    """Which of DENSE_LABELS somebody looked for in a row, bool `(L,)`."""
-    names: dict[int, str] = row["label_names"]
-    return np.isin(DENSE_LABELS, [*segmentable(names), *map(plain_name, names.values())])
 
 
 def _patch_shape(shape: Sequence[int]) -> tuple[int, int, int]:
@@ -359,13 +348,6 @@ def _to_slice_grid(slices: torch.Tensor, options: ViewOptions) -> torch.Tensor:
 def _background(slices: torch.Tensor) -> float:
     """The darkest value, or no label."""
     return False if slices.dtype == torch.bool else float(slices.min())
-
-
-def structure_mask(label_map: np.ndarray, names: Mapping[int, str], structure: str) -> np.ndarray:
-    """Bool mask of a structure by name; `lesion` is every label that is a finding."""
-    named = {value: plain_name(name) for value, name in names.items()}
-    values = [v for v, name in named.items() if name == structure or (structure == LESION and finding_field(name))]
-    return np.isin(label_map, values)
 
 
 def description_text(description: str | None) -> str:

@@ -63,7 +63,7 @@ def _candidates(
     """Raw scores `(N,)` of all candidates, and which of them are right."""
     if not refs:
         return np.zeros(0), np.zeros(0, bool)
-    plain = dataclasses.replace(config, blank_tasks=())
+    plain = dataclasses.replace(config, blank_tasks=(), mask_boxes=False)
     results = score_units(
         [Unit("detect", ref) for ref in refs], plain, model_dir=model_dir, engine_loader=engine_loader,
         settings={}, frequencies=baselines.class_frequencies({}),

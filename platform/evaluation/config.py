@@ -48,6 +48,8 @@ class EvaluateConfig:
     """Overlap from which a predicted box has found a lesion."""
     box_samples: int = 16
     """Detection answers drawn beside the greedy one, whose boxes are the candidates of FROC and of the calibration."""
+    mask_boxes: bool = True
+    """Score detection from the image decoder too: boxes around the lesions that it draws, their edge at 0.5."""
     calibrate: bool = False
     """Fit the scores of boxes on `tuning_split` first, and keep the fit in the checkpoint folder (`detection.json`),
     with the labels of the training boxes, which boxes are then restricted to."""

@@ -15,8 +15,8 @@ from omnimri.models import metrics, physics
 from omnimri.models.prompts import instruction_for
 from omnimri.models.scan import Scan
 from omnimri.models.vocabulary import FINDINGS, LESION, TISSUES, structure_of
+from omnimri.platform.data.labels import structure_mask
 from omnimri.platform.data.shards import row_to_scan
-from omnimri.platform.data.views import structure_mask
 from omnimri.platform.evaluation import baselines
 from omnimri.platform.evaluation.baselines import Acquisition, SenseSetting
 from omnimri.platform.evaluation.cases import (

@@ -283,10 +283,7 @@ NOT_APPLICABLE = {
     for name in ("zero_filled_rss", "recon_unet", "varnet")
 } | {
     (name, metric): reason
+    for metric, reason in (("ece_raw", "its boxes are not made of tokens"), ("ece", "its scores are not calibrated"))
     for name in ("segment_boxes", MASK_BOXES)
-    for metric, reason in (
-        ("ece_raw", "its boxes are not made of tokens"),
-        ("ece", "its scores are not calibrated"),
-    )
 }
 """Why a method has no value of a metric."""

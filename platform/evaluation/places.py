@@ -24,8 +24,8 @@ from torch import Tensor
 
 from omnimri.models.preprocess import Preprocess
 from omnimri.models.vocabulary import DENSE_LABELS
+from omnimri.platform.data.labels import dense_labels, known_labels
 from omnimri.platform.data.shards import row_to_scan
-from omnimri.platform.data.views import dense_labels, known_labels
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,8 @@ def place_scores(learned: Sequence[Places], held_out: Sequence[Places]) -> dict[
 
 def _score(learned: Sequence[Places], held_out: Sequence[Places], label: int) -> dict[str, Any]:
     train, test = ([places for places in split if places.known[label]] for split in (learned, held_out))
-    y, y_new = (np.array([held for places in split for held in places.holds[:, label]]) for split in (train, test))
+    nothing = np.zeros(0, bool)
+    y, y_new = (np.concatenate([nothing, *(places.holds[:, label] for places in split)]) for split in (train, test))
     if min(len(set(y)), len(set(y_new))) < 2:
         return {"reason": "not computed: in one of the splits no place holds it, or all do", "places": len(y_new)}
     classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=2000)).fit(

@@ -46,7 +46,7 @@ def detect_case(context: CaseContext, row: Mapping[str, Any]) -> CaseResult:
         lambda seen: _model_boxes(context, seen, seen),
         lambda seen: _model_boxes(context, baselines.blank_scan(seen), seen),
     )
-    if context.engine is not None:
+    if context.engine is not None and context.config.mask_boxes:
         methods[MASK_BOXES] = lambda seen: _mask_boxes(context, seen)
     records, answers = [], {}
     for method, detect in methods.items():

@@ -131,8 +131,12 @@ def test_against_a_root_sum_of_squares_all_lines_are_a_ceiling() -> None:
 
 
 def test_an_unreadable_box_answer_is_counted_and_finds_nothing() -> None:
-    values = _values(_case(phantom_row(1, split="test", patient=1), "detect"))
+    row = phantom_row(1, split="test", patient=1)
+    result = _case(row, "detect")
+    values = _values(result)
     assert values["parsed"] == 0.0
+    assert _values(result, MASK_BOXES)["matched"] == 0, "this engine draws nothing either"
+    assert MASK_BOXES not in {record.method for record in _case(row, "detect", mask_boxes=False).records}
     assert (values["matched"], values["num_reference"], values["side_correct"]) == (0, 1, 0.0)
 
 

@@ -73,7 +73,6 @@ def test_retrieval_counts_equal_texts_as_one() -> None:
     assert retrieval(shuffled)["texts"] == 1
 
 
-@pytest.mark.slow
 def volumes_of_places(seed: int, count: int = 24) -> list[Places]:
     """A direction tells of `lesion`, none of `white matter`; haemorrhage is known of no volume."""
     rng = np.random.default_rng(seed)
@@ -101,6 +100,7 @@ def test_single_tokens_are_scored_by_what_their_own_place_holds() -> None:
     assert "no place holds it" in scores["grey matter"]["reason"]
 
 
+@pytest.mark.slow
 def test_the_probe_of_a_checkpoint_writes_its_page(tmp_path: Path, ray_cluster: None) -> None:
     torch.manual_seed(0)
     tokenizer = train_tokenizer(["Old infarct in the left hemisphere."] * 3, tiny().backbone.vocab_size)
