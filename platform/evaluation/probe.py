@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,8 @@ def probe(model_dir: Path, shards: Shards, out: Path, config: ProbeConfig, *, co
         ValueError: If `model_dir` is no checkpoint, or the training or the scored split holds no volume.
     """
     index = read_index(model_dir)
-    learned, held_out = (_embed(model_dir, shards, split, config) for split in ("train", config.split))
+    splits = [_refs(shards, split, config) for split in ("train", config.split)]
+    learned, held_out = _embed(model_dir, splits, config)
     spaces = {
         space: {label: scores(learned, held_out, space, label, config) for label in LABELS}
         for space in ("encoder", "aligned")
@@ -114,12 +116,18 @@ def probe(model_dir: Path, shards: Shards, out: Path, config: ProbeConfig, *, co
     return result
 
 
-def _embed(model_dir: Path, shards: Shards, split: str, config: ProbeConfig) -> Volumes:
-    """The volumes of a split, through workers that each hold the model, in the order of the rows."""
+def _refs(shards: Shards, split: str, config: ProbeConfig) -> list[RowRef]:
+    """Volumes of a split in the order of their rows."""
     refs = sorted(shards.select(split=split).rows, key=lambda ref: ref.row_id)[: config.max_volumes]
     if not refs:
         known = ", ".join(sorted({ref.split for ref in shards.rows}))
         raise ValueError(f"probe: no row is of split {split!r}; known: {known}. Choose another --split.")
+    return refs
+
+
+def _embed(model_dir: Path, splits: Sequence[Sequence[RowRef]], config: ProbeConfig) -> list[Volumes]:
+    """The volumes of each split, through workers that each hold the model; they start once for all."""
+    refs = [ref for split in splits for ref in split]
     with quiet_ray_data():
         items = ray.data.from_items([{"index": i} for i in range(len(refs))], override_num_blocks=len(refs))
         results = items.map_batches(
@@ -127,7 +135,11 @@ def _embed(model_dir: Path, shards: Shards, split: str, config: ProbeConfig) -> 
             fn_constructor_kwargs={"model_dir": model_dir, "refs": refs, "config": config},
             compute=ray.data.ActorPoolStrategy(size=min(config.num_workers, len(refs))),
         )  # fmt: skip
-        rows = sorted(results.iter_rows(), key=lambda row: row["index"])
+        rows = iter(sorted(results.iter_rows(), key=lambda row: row["index"]))
+    return [_volumes(list(islice(rows, len(split)))) for split in splits]
+
+
+def _volumes(rows: Sequence[Mapping[str, Any]]) -> Volumes:
     stacked = {name: np.stack([row[name] for row in rows]) for name in ("encoder", "aligned", "images", "texts")}
     labels = {name: [row[name] or None for row in rows] for name in LABELS}
     places = [Places(**{part.name: row[part.name] for part in fields(Places)}) for row in rows]
