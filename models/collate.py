@@ -92,8 +92,8 @@ def _images_per_text(sample: dict[str, Any]) -> int:
 def sequence_batch(sequences: Sequence[TokenSequence], builder: SequenceBuilder) -> dict[str, Tensor]:
     """Right-padded `token_ids`, `labels` `(B, L)`, `lengths` `(B,)`, and where things stand.
 
-    `visual_places`, `query_places` and `instruction_places` (the user's words after the last volume, with the end of
-    the turn) are bool `(B, L)`. Where sequences share a row, also `position_ids` `(B, L)`; `lengths` are those of rows.
+    `visual_places`, `query_places` and `instruction_places` (the user's own words, where a row holds one sequence)
+    are bool `(B, L)`. Where sequences share a row, also `position_ids` `(B, L)`; `lengths` are those of rows.
     """
     ids = _pad([s.token_ids for s in sequences], builder.tokenizer.pad_token_id)
     queries = [builder.tokenizer.convert_tokens_to_ids(f"<q{i}>") for i in range(builder.num_queries)]
@@ -103,7 +103,7 @@ def sequence_batch(sequences: Sequence[TokenSequence], builder: SequenceBuilder)
         "lengths": torch.tensor([len(s.token_ids) for s in sequences]),
         "visual_places": ids == builder.tokenizer.convert_tokens_to_ids(special.IMAGE_PAD),
         "query_places": torch.isin(ids, torch.tensor(queries)),
-        "instruction_places": _after_last(ids, builder, special.VISION_END) & ~_after(ids, builder, special.TURN_END),
+        "instruction_places": _within([s.instruction for s in sequences], ids.shape[1]),
         "num_tokens": torch.tensor(sum(len(s.token_ids) for s in sequences)),
     }
     if any(s.positions is not None for s in sequences):
@@ -112,16 +112,11 @@ def sequence_batch(sequences: Sequence[TokenSequence], builder: SequenceBuilder)
     return batch
 
 
-def _after_last(ids: Tensor, builder: SequenceBuilder, token: str) -> Tensor:
-    """Places behind the last occurrence of a token, bool `(B, L)`."""
-    found = ids == builder.tokenizer.convert_tokens_to_ids(token)
-    return found.flip(1).cumsum(1).flip(1) == 0
-
-
-def _after(ids: Tensor, builder: SequenceBuilder, token: str) -> Tensor:
-    """Places behind the first occurrence of a token, bool `(B, L)`."""
-    seen = (ids == builder.tokenizer.convert_tokens_to_ids(token)).cumsum(1) > 0
-    return seen.roll(1, dims=1).index_fill(1, torch.tensor([0]), value=False)
+def _within(ranges: Sequence[tuple[int, int]], length: int) -> Tensor:
+    """Places in the half-open range of each row, bool `(B, L)`."""
+    start, stop = torch.tensor(ranges)[..., None].unbind(1)
+    places = torch.arange(length)
+    return (places >= start) & (places < stop)
 
 
 def _text_batch(samples: Sequence[dict[str, Any]], builder: SequenceBuilder) -> dict[str, Tensor]:

@@ -37,21 +37,40 @@ SERVING_PARTS = ("vision", "align", "backbone", "connector", "image_decoder")
 
 
 class QueryConnector(nn.Module):
-    """Backbone states at the query tokens to the image decoder's condition (MetaQuery, arXiv 2504.06256)."""
+    """What the image decoder is told: the instruction's words, and what the backbone made of them.
 
-    def __init__(self, hidden_size: int, num_layers: int, dim: int) -> None:
+    The second is MetaQuery's way (arXiv 2504.06256). The words have a table of their own: a backbone that has learned
+    little does not attend, among hundreds of visual tokens, to the word that says what to segment; its states drift
+    with all else that it learns, and so do its embeddings, which are tied to the text head. The states come in through
+    a gate that starts closed (Flamingo's tanh gating, arXiv 2204.14198).
+    """
+
+    def __init__(self, hidden_size: int, vocab_size: int, num_queries: int, num_layers: int, dim: int) -> None:
         super().__init__()
         layer = nn.TransformerEncoderLayer(
             dim, nhead=max(1, dim // 64), dim_feedforward=4 * dim, dropout=0.0, activation="gelu",
             batch_first=True, norm_first=True,
         )  # fmt: skip
+        self.words = nn.Embedding(vocab_size, dim)
+        self.query_embed = nn.Parameter(torch.randn(num_queries, dim))
         self.input = nn.Sequential(nn.LayerNorm(hidden_size), nn.Linear(hidden_size, dim))
+        self.gate = nn.Parameter(torch.zeros(dim))
         self.encoder = nn.TransformerEncoder(layer, num_layers, enable_nested_tensor=False)
         self.output_norm = nn.RMSNorm(dim, eps=1e-6)
 
-    def forward(self, states: Tensor) -> Tensor:
-        """`(B, K, H)` to `(B, K, P)`; bidirectional over the queries."""
-        return self.output_norm(self.encoder(self.input(states)).float())
+    def forward(self, states: Tensor, token_ids: Tensor, said: Tensor) -> Tensor:
+        """Condition `(B, K, P)`; bidirectional over the queries.
+
+        Args:
+            states: Of the backbone at the query tokens, `(B, K, H)`.
+            token_ids: Of the whole sequence, `(B, L)`.
+            said: Bool `(B, L)`, where the instruction stands.
+        """
+        words = self.words(token_ids)
+        words = torch.einsum("blp,bl->bp", words, said.to(words.dtype))
+        words = nn.functional.rms_norm(words, words.shape[-1:], eps=1e-8)
+        told = words[:, None] + self.query_embed + torch.tanh(self.gate) * self.input(states)
+        return self.output_norm(self.encoder(told).float())
 
 
 class ClipHead(nn.Module):
@@ -144,17 +163,9 @@ class OmniMRI(nn.Module):
         return embeddings.masked_scatter(places[..., None], visual.to(embeddings.dtype))
 
     def conditions(self, hidden: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
-        """What the image decoder is told, `(B, K, P)`, from the backbone's states `(B, L, H)` of a `sequence_batch`.
-
-        The connector reads each query's state plus the mean embedding of the instruction's words: among a hundred
-        visual and other tokens, a backbone that has learned little does not attend to the word that says what to
-        segment, and its states of different prompts are nearly the same.
-        """
+        """What the image decoder is told, `(B, K, P)`, from the backbone's states `(B, L, H)` of a `sequence_batch`."""
         states = hidden[batch["query_places"]].unflatten(0, (len(hidden), -1))
-        weights = batch["instruction_places"].to(hidden.dtype)
-        words = torch.einsum("blh,bl->bh", self.backbone.get_input_embeddings()(batch["token_ids"]), weights)
-        words = nn.functional.rms_norm(words / weights.sum(1, keepdim=True).clamp_min(1), words.shape[-1:], eps=1e-8)
-        return self.connector(states + words[:, None])
+        return self.connector(states, batch["token_ids"], batch["instruction_places"])
 
     def save(
         self, folder: Path | str, tokenizer: PreTrainedTokenizerBase, *, version: str, run: Mapping[str, Any]
@@ -245,7 +256,9 @@ _BUILDERS = {
     "clip_head": lambda c: ClipHead(c.backbone.hidden_size, c.text_encoder.hidden_size, c.embedding_dim),
     "backbone": lambda c: build_backbone(c.backbone),
     "flow_head": lambda c: FlowHead(c.flow_head, c.vision.token_dim, c.backbone.hidden_size),
-    "connector": lambda c: QueryConnector(c.backbone.hidden_size, c.connector.num_layers, c.connector.dim),
+    "connector": lambda c: QueryConnector(
+        c.backbone.hidden_size, c.backbone.vocab_size, c.connector.num_queries, c.connector.num_layers, c.connector.dim
+    ),
     "image_decoder": lambda c: ImageDecoder(c.image_decoder, c.connector.dim, pyramid_channels(c), _pyramid_depths(c)),
 }
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -138,6 +138,8 @@ class TokenSequence:
     """Int64 `(L,)`: the token itself where text loss is taken, IGNORED elsewhere."""
     positions: np.ndarray | None = None
     """Int64 `(L,)`: each token's place in its own sequence, where several share a row; None where one stands alone."""
+    instruction: tuple[int, int] = (0, 0)
+    """Half-open range of the user's own words, without the context that stands before them; empty without a turn."""
 
 
 @dataclass(frozen=True)
@@ -163,12 +165,12 @@ class SequenceBuilder:
             task: One of the five tasks.
         """
         answer = self._queries(task) if task in IMAGE_TASKS else ANSWER_TAGS[task][0]
-        return self._join([(self._user_turn(instruction, facts, task), False), (answer, False)])
+        return self._turns(instruction, facts, task, (answer, False))
 
     def example(self, instruction: str, facts: Facts | Sequence[Facts], task: str, answer: str = "") -> TokenSequence:
         """A request with its answer, the answer labelled; the answer of an image task is its query span."""
         answer = self._queries(task) if task in IMAGE_TASKS else answer
-        return self._join([(self._user_turn(instruction, facts, task), False), (answer + special.TURN_END, True)])
+        return self._turns(instruction, facts, task, (answer + special.TURN_END, True))
 
     def paired(self, text: str, *, image_first: bool) -> TokenSequence:
         """Volume and description in one sequence of stage 3, in either order, the text labelled."""
@@ -195,11 +197,18 @@ class SequenceBuilder:
         """Text alone, ending in the turn's end, as the text encoder takes it."""
         return self._join([(text + special.TURN_END, False)])
 
-    def _user_turn(self, instruction: str, facts: Facts | Sequence[Facts], task: str) -> str:
+    def _turns(
+        self, instruction: str, facts: Facts | Sequence[Facts], task: str, answer: tuple[str, bool]
+    ) -> TokenSequence:
         kind = special.KSPACE if task == "reconstruct" else special.VOLUME
         volumes = [facts] if isinstance(facts, Mapping) else facts
         shown = "".join(self._vision(kind) + context_sentence(known) for known in volumes)
-        return f"{special.TURN_START}user\n{shown}{instruction}{special.TURN_END}\n{special.TURN_START}assistant\n"
+        before = f"{special.TURN_START}user\n{shown.removesuffix(' ')}"
+        said = f"{' ' if shown.endswith(' ') else ''}{instruction}"  # a token of the vocabulary begins with its blank
+        after = f"{special.TURN_END}\n{special.TURN_START}assistant\n"
+        sequence = self._join([(before, False), (said, False), (after, False), answer])
+        start, length = (len(self.tokenizer.encode(text, add_special_tokens=False)) for text in (before, said))
+        return replace(sequence, instruction=(start, start + length))
 
     def _vision(self, kind: str) -> str:
         count = self.num_slice_visual if kind == special.SLICE else self.num_visual

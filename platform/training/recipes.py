@@ -57,7 +57,7 @@ def tiny(name: str, data: Sequence[Folder], out: Folder) -> RunConfig:
             vision=TrainConfig(steps=40, lr=1e-3, **common),
             align=TrainConfig(steps=100, lr=5e-4, weight_decay=0.1, **common),
             multimodal=TrainConfig(steps=60, lr=1e-3, weight_decay=0.1, **(common | {"weights": weights | _ONLY_TEXT})),
-            instruct=TrainConfig(steps=520, lr=1e-3, lr_scale={"image_decoder": 2.0}, **common),
+            instruct=TrainConfig(steps=520, lr=1e-3, lr_scale={"connector": 2.0, "image_decoder": 2.0}, **common),
         ),
     )
 

@@ -21,7 +21,7 @@ from omnimri.models.metrics import box_iou
 from omnimri.models.omnimri import INDEX_FILE, OmniMRI
 from omnimri.models.physics import SenseOperator, estimate_sens_maps, fft2c, relative_residual, undersampling_mask
 from omnimri.models.preprocess import CONTRACT_FILE, CONTRACT_VERSION, Preprocess
-from omnimri.models.prompts import TokenSequence, diagnosis_choices
+from omnimri.models.prompts import diagnosis_choices
 from omnimri.models.scan import Scan
 from omnimri.models.tokenizer import train_tokenizer
 from omnimri.models.vocabulary import SIDES
@@ -425,7 +425,8 @@ def test_one_representation_through_both_decoders(engine: Engine, scan: Scan) ->
     """The states of one pass of the backbone draw a mask and write boxes, and neither decoder changes the other."""
     prompt = engine.encode(scan, "Segment the lesion.", "segment")
     model, tokenizer = engine.model, engine.tokenizer
-    batch = sequence_batch([TokenSequence(prompt.token_ids, prompt.token_ids)], engine.sequences)
+    request = engine.sequences.request("Segment the lesion.", scan.facts, "segment")
+    batch = sequence_batch([request], engine.sequences)
     with torch.inference_mode():
         hidden = model.backbone.model(inputs_embeds=torch.tensor(prompt.embeds)[None]).last_hidden_state
         queries = model.conditions(hidden, batch)[0].numpy()

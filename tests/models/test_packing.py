@@ -275,7 +275,7 @@ def test_a_request_shows_several_contrasts_in_order(builder: SequenceBuilder) ->
     assert ["T2w" in s for s in shown] == [True, False, False]
     assert ["FLAIR" in s for s in shown] == [False, False, True]
     places = sequence_batch([request], builder)["instruction_places"][0]
-    assert builder.tokenizer.decode(request.token_ids[places]) == "This is a FLAIR MRI. Report this MRI.<|im_end|>"
+    assert builder.tokenizer.decode(request.token_ids[places]) == " Report this MRI."
     example = builder.example("Report this MRI.", facts, "report", tagged("Normal."))
     np.testing.assert_array_equal(example.token_ids[: len(request.token_ids)], request.token_ids)
 
