@@ -243,15 +243,14 @@ class InstructionTuning(nn.Module):
         return _repeat(states.unflatten(0, (len(batch["volume"]), -1)), len(batch["slices"]))
 
     def _reconstruction_loss(self, batch: Batch, condition: Tensor) -> Tensor:
-        """Mean absolute error of the complex image plus half of one minus SSIM of its magnitude."""
+        """`magnitude_loss`, since scores and eyes see the magnitude, and a little of the complex image's error."""
         measured = self._measurement(batch)
         pyramid = self._pyramid(measured.initial.abs())
         target = batch["target"]
         time = self._times(len(target), target.device)
         state = bridge_state(target, measured.initial, time, self.model.config.image_decoder.recon_noise)
         clean = self.model.image_decoder.predict_image(state, time, measured, condition, pyramid)
-        difference = torch.view_as_real(clean - target).abs().mean() * 10.0
-        return difference + 0.5 * (1 - mean_ssim(clean.abs(), target.abs()))
+        return magnitude_loss(clean.abs(), target.abs()) + 3.0 * torch.view_as_real(clean - target).abs().mean()
 
     def _measurement(self, batch: Batch) -> Measurement:
         operator = SenseOperator(batch["sens_maps"], batch["mask"][:, None, None])
@@ -370,6 +369,11 @@ def _spread(blocks: Tensor, block: tuple[int, int, int], cell: tuple[int, int, i
         blocks = blocks.repeat_interleave(size // unit, dim=axis)
     ends = [-(-size // unit) for size, unit in zip(shape, cell, strict=True)]
     return blocks[:, : ends[0], : ends[1], : ends[2]]
+
+
+def magnitude_loss(predicted: Tensor, target: Tensor) -> Tensor:
+    """Mean absolute error, ten times, and one minus SSIM, one and a half times, of magnitudes `(B, H, W)`."""
+    return 10.0 * (predicted - target).abs().mean() + 1.5 * (1 - mean_ssim(predicted, target))
 
 
 def mean_ssim(a: Tensor, b: Tensor, window: int = 7) -> Tensor:

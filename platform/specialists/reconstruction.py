@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from omnimri.models import metrics
 from omnimri.models.image_decoder import as_channels
-from omnimri.models.objectives import mean_ssim
+from omnimri.models.objectives import magnitude_loss
 from omnimri.models.physics import SenseOperator, ifft2c, root_sum_of_squares
 from omnimri.models.preprocess import scale_kspace
 from omnimri.models.scan import Scan
@@ -112,11 +112,6 @@ class _Regulariser(nn.Module):
         return _RESIDUAL_SCALE * self.unet(shown).permute(0, 2, 3, 1)[:, None]
 
 
-def reconstruction_loss(predicted: Tensor, target: Tensor) -> Tensor:
-    """Mean absolute error and one minus SSIM, weighed as in the image decoder's loss; `(B, H, W)` each."""
-    return 10.0 * (predicted - target).abs().mean() + 0.5 * (1 - mean_ssim(predicted, target))
-
-
 NETWORKS: dict[str, type[ReconstructionUNet] | type[VarNet]] = {"recon_unet": ReconstructionUNet, "varnet": VarNet}
 
 
@@ -167,7 +162,7 @@ def train_reconstruction(
     def loss_of_batch() -> Tensor:
         batch = next(batches)
         predicted = network(batch["kspace"], batch["mask"], batch["sens_maps"])
-        return reconstruction_loss(predicted, batch["target"])
+        return magnitude_loss(predicted, batch["target"])
 
     def validate() -> float:
         scores = [metrics.psnr(target, reconstruct(acquisition).numpy()) for target, acquisition in cases]
