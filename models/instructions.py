@@ -295,6 +295,8 @@ NEAR: dict[str, frozenset[str]] = {
 listed may show anything."""
 
 CHOOSE = "Choose one: {options}."
+OUTLINED = "outlined"
+"""Fact of a scan: what the image decoder has drawn of it, in words (`omnimri.platform.language.outline`)."""
 
 _BRACES = re.compile(r"\{\w+\}")
 _ASKS = re.compile(
@@ -313,6 +315,8 @@ def question_texts() -> Iterator[str]:
     for topic in (*YES_NO.values(), *CHOICE.values(), NAMED, DIFFERENTIAL, *REFUSAL):
         yield from (_BRACES.sub("", text) for text in (*topic.phrasings, *topic.answers.values()))
     yield from (CHOOSE.format(options=""), "with 4x acceleration. History: 58-year-old woman.")
+    yield "Outlined: 2 lesions, up to 14 mm, 1.3 mL, hyperintense to white matter, in grey matter: left [0]; right [9]."
+    yield "Outlined: no lesion."
 
 
 def with_options(question: str, options: Sequence[str]) -> str:
@@ -326,11 +330,16 @@ def lettered(options: Sequence[str]) -> list[str]:
 
 
 def context_sentence(facts: Mapping[str, object]) -> str:
-    """What is known before looking, with a blank behind it: plane, contrast, acceleration and history."""
+    """What is known before looking, with a blank behind it: plane, contrast, acceleration and history.
+
+    Then what the image decoder has drawn, where it was asked to.
+    """
     known = [str(facts[key]) for key in ("plane", "contrast") if facts.get(key)]
     acceleration = f" with {facts['acceleration']}x acceleration" if facts.get("acceleration") else ""
-    history = f"History: {facts['history']} " if facts.get("history") else ""
-    if not known and not acceleration:
-        return history
     scan = " ".join([*known, "MRI"])
-    return f"This is {'an' if scan[0] in 'aeiouM' else 'a'} {scan}{acceleration}. {history}"
+    told = [
+        f"This is {'an' if scan[0] in 'aeiouM' else 'a'} {scan}{acceleration}. " if known or acceleration else "",
+        f"History: {facts['history']} " if facts.get("history") else "",
+        f"Outlined: {facts[OUTLINED]} " if facts.get(OUTLINED) else "",
+    ]
+    return "".join(told)

@@ -103,6 +103,10 @@ class TextConfig(ReplicaConfig):
 
     backend: str = "transformers"
     """`transformers`, or `vllm` where vLLM is installed."""
+    outline: bool = True
+    """Before a text answer the image deployment draws lesions, and the prompt tells of them, as in training."""
+    outline_timeout_s: float = 30.0
+    """Longest wait for it; then the answer is written without, and says so."""
     vllm_dtype: str = "auto"
     """Number type of vLLM's weights: auto, bfloat16, float16, float32."""
     vllm_max_model_len: int | None = None

@@ -19,6 +19,7 @@ import torch
 from ray import serve
 from ray.serve import metrics
 
+from omnimri.platform.language.outline import drawn_outline, outlined
 from omnimri.serve.config import EncoderConfig, ImageConfig, ReplicaConfig, TextConfig
 from omnimri.serve.text_backends import EngineBackend, TextBackend, VllmBackend
 
@@ -88,9 +89,9 @@ class Encoder(ModelReplica):
         super().__init__(config)
         self.engine = load(self.PARTS)
 
-    async def encode(self, scan: Scan, instruction: str, task: str) -> Prompt:
-        """The prompt of one instruction about one scan."""
-        return await self.run(self.engine.encode, scan, instruction, task)
+    async def encode(self, scan: Scan, instruction: str, task: str, outline: str = "") -> Prompt:
+        """The prompt of one instruction about one scan, of which `outline` tells what was drawn."""
+        return await self.run(self.engine.encode, outlined(scan, outline) if outline else scan, instruction, task)
 
     async def encode_each(self, scan: Scan, instructions: dict[str, str], task: str) -> dict[str, Prompt]:
         """One prompt per instruction, under the same keys."""
@@ -181,3 +182,8 @@ class Image(ModelReplica):
         result = await self.run(self.engine.segment, scan, prompts, **options)
         warnings = dict.fromkeys(warning for prompt in prompts.values() for warning in prompt.warnings)
         return {"masks": result.masks, "probabilities": result.probabilities, "warnings": list(warnings)}
+
+    async def outline(self, scan: Scan, prompts: dict[str, Prompt]) -> str:
+        """What is drawn of the volume for `outline_instructions`, in words for the prompt of a text task."""
+        result = await self.run(self.engine.segment, scan, prompts, num_steps=1)
+        return await asyncio.to_thread(drawn_outline, scan, result.probabilities, self.engine.preprocess)

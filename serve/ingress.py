@@ -28,6 +28,7 @@ from omnimri.models.instructions import is_question
 from omnimri.models.prompts import diagnosis_choices, instruction_for
 from omnimri.models.scan import Scan
 from omnimri.platform.language.description import description_schema
+from omnimri.platform.language.outline import outline_instructions
 from omnimri.serve.admission import Admission, busy
 from omnimri.serve.answers import (
     Draft,
@@ -59,6 +60,7 @@ from omnimri.serve.schemas import (
 logger = logging.getLogger("ray.serve")  # The one logger that Serve writes to a replica's log file.
 
 TEXT_TASKS = ("detect", "diagnose", "report")
+NOT_OUTLINED = "The image deployment was too busy to draw lesions first, so the text was written without."
 
 
 @serve.deployment(name="ingress", **IngressConfig().options())
@@ -137,11 +139,12 @@ class Ingress:
         async def work() -> Draft:
             intake = await self._read(form)
             instruction = form.instruction or _usual_instruction(task, form)
-            prompt = self._prompt(intake.scan, instruction, task)
+            prompt, warnings = await self._prompt(intake.scan, instruction, task)
             choices = diagnosis_choices() if task == "diagnose" and not is_question(instruction) else []
             result = await self._result(
                 self.text.answer.remote(prompt, choices=choices, **_options(task, form)), "text"
             )
+            result["warnings"] += warnings
             if choices and not result["scores"]:
                 result["warnings"].append("Probabilities need text.backend=transformers, so only the text is given.")
             return await asyncio.to_thread(text_draft, task, intake, instruction, result, self.contract.preprocess)
@@ -155,13 +158,14 @@ class Ingress:
         with self.admission.slot("text"), self._counted(task, request_id):
             intake = await self._read(form)
             instruction = form.instruction or _usual_instruction(task, form)
-            prompt = self._prompt(intake.scan, instruction, task)
+            prompt, warnings = await self._prompt(intake.scan, instruction, task)
             pieces = self.text.options(stream=True).stream.remote(prompt, **_options(task, form))
             with self._model_errors("text"):
                 async for piece in pieces:
                     if isinstance(piece, str):
                         yield piece
                     else:
+                        piece["warnings"] += warnings
                         draft = text_draft(task, intake, instruction, piece, self.contract.preprocess)
                         yield await self._publish(request_id, task, draft)
         self._seconds.observe(time.perf_counter() - started, tags={"task": task})
@@ -197,8 +201,26 @@ class Ingress:
         # The other tasks look at the image only; k-space is many times its size.
         return replace(intake, scan=replace(intake.scan, kspace=None, mask=None))
 
-    def _prompt(self, scan: Scan, instruction: str, task: str) -> Any:
-        return self.encoder.encode.remote(scan, instruction, task)
+    async def _prompt(self, scan: Scan, instruction: str, task: str) -> tuple[Any, list[str]]:
+        """The encoder's response for a text task, unawaited, and warnings."""
+        reference = await asyncio.to_thread(ray.put, scan)
+        outline, warnings = await self._outline(reference)
+        return self.encoder.encode.remote(reference, instruction, task, outline), warnings
+
+    async def _outline(self, reference: ray.ObjectRef) -> tuple[str, list[str]]:
+        """What the image deployment draws of a scan; nothing, and a warning, where it is too busy to."""
+        if not self.args.serving.text.outline:
+            return "", []
+        prompts = self.encoder.encode_each.remote(reference, outline_instructions(), "segment")
+        drawn = self._result(self.image.outline.remote(reference, prompts), "image")
+        try:
+            return await asyncio.wait_for(drawn, self.args.serving.text.outline_timeout_s), []
+        except TimeoutError:
+            return "", [NOT_OUTLINED]
+        except RequestError as error:
+            if error.status_code not in (429, 503):
+                raise
+            return "", [NOT_OUTLINED]
 
     async def _answer(self, task: str, decoder: str, work: Callable[[], Awaitable[Draft]]) -> Answer:
         """Run a task within its decoder's limits and the time limit, and publish what it made."""

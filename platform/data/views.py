@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from omnimri.models import special_tokens as special
-from omnimri.models.instructions import FOREIGN_STRUCTURES, NEAR
+from omnimri.models.instructions import FOREIGN_STRUCTURES, NEAR, OUTLINED
 from omnimri.models.physics import SenseOperator, root_sum_of_squares
 from omnimri.models.preprocess import Preprocess
 from omnimri.models.resample import pad_or_crop
@@ -36,6 +36,7 @@ from omnimri.platform.language.instruct import (
     segment_pair,
     segmentable,
 )
+from omnimri.platform.language.outline import imagined_outline
 
 Row = Mapping[str, Any]
 Sample = dict[str, Any]
@@ -74,11 +75,13 @@ class ViewOptions:
     question_share: float = 0.2
     """Share of text samples that ask a question (yes or no, a choice, one kind of finding, a differential, or one that
     does not fit the image) instead of a whole task."""
+    outlined_share: float = 0.9
+    """Share of text samples, of rows with labelled lesions, that are told what a segmentation would draw."""
 
     def __post_init__(self) -> None:
         if self.patches_per_sample < 1:
             raise ValueError(f"ViewOptions.patches_per_sample must be at least 1, found {self.patches_per_sample}.")
-        for name in ("question_share", "random_mask_share", "foreign_share"):
+        for name in ("question_share", "random_mask_share", "foreign_share", "outlined_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"ViewOptions.{name} must be between 0 and 1, found {getattr(self, name)}.")
 
@@ -223,10 +226,14 @@ def text_sample(row: Row, rng: np.random.Generator, options: ViewOptions) -> Sam
     pair, evidence = draw_text_pair(
         row, options.preprocess, rng, tasks=options.text_tasks, question_share=options.question_share
     )
+    facts = drawn_context(evidence, rng, is_text=True, hides=pair.hides)
+    is_told = rng.random() < options.outlined_share
+    if is_told and (outline := imagined_outline(row, options.preprocess, rng)):
+        facts[OUTLINED] = outline
     return _volume_fields(row, options) | {
         "task": pair.task,
         "instruction": pair.instruction,
-        "facts": drawn_context(evidence, rng, is_text=True, hides=pair.hides),
+        "facts": facts,
         "answer": pair.answer,
     }
 

@@ -42,6 +42,8 @@ class EvaluateConfig:
     uncertainty_slices: int = 4
     """Central slices of a volume on which it is."""
     segment_steps: int = 1
+    outline: bool = True
+    """Before a text answer the image decoder draws lesions, and the prompt tells of them, as in serving."""
     max_new_tokens: int = 192
     """Longest text answer."""
     iou_threshold: float = 0.1

@@ -1,47 +1,16 @@
-"""Lesions that a segmentation draws, as a label map would tell of them, and as boxes."""
+"""Lesions that a segmentation draws, as boxes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
 from omnimri.models.boxes import Box
 from omnimri.models.scan import Scan
-from omnimri.models.vocabulary import FINDINGS, LESION, TISSUES
-from omnimri.platform.language.evidence import Evidence, boxes_of_measured
-
-Probabilities = Mapping[str, np.ndarray]
-"""Structure to probability `(Z, Y, X)`."""
-
-
-def evidence_of(
-    scan: Scan, probabilities: Probabilities, finding: str, *, threshold: float, classes: Sequence[str] | None = None
-) -> Evidence:
-    """What a row would say whose labels were the predicted ones.
-
-    Args:
-        scan: The image.
-        probabilities: Of tissues and lesion.
-        finding: Name of the lesions.
-        threshold: From which probability a voxel is lesion.
-        classes: Diagnoses; without them only what is drawn is known.
-    """
-    names = (*TISSUES, *dict.fromkeys((*FINDINGS, finding)))
-    tissues = np.stack([probabilities[name] for name in TISSUES])
-    label_map = np.where(tissues.max(0) >= 0.5, 1 + tissues.argmax(0), 0).astype(np.uint8)
-    label_map[probabilities[LESION] >= threshold] = 1 + names.index(finding)
-    row: dict[str, Any] = {
-        **scan.facts,
-        "image": scan.image,
-        "affine": scan.affine,
-        "label_map": label_map,
-        "label_names": dict(enumerate(names, start=1)),
-        "classes": classes,
-    }
-    return Evidence.of_row(row)
+from omnimri.models.vocabulary import LESION
+from omnimri.platform.language.evidence import boxes_of_measured
+from omnimri.platform.language.outline import Probabilities, evidence_of
 
 
 def boxes_of(scan: Scan, probabilities: Probabilities, finding: str, *, threshold: float) -> list[Box]:

@@ -31,6 +31,7 @@ from omnimri.platform.evaluation.figures import orient_slice
 from omnimri.platform.evaluation.image_cases import model_segmentation
 from omnimri.platform.evaluation.mask_boxes import boxes_of
 from omnimri.platform.evaluation.text import LEXICAL, ReportCounts, compare_reports, label_text, missing_package
+from omnimri.platform.language.outline import drawn_outline, outline_instructions, outlined
 
 MAX_CANDIDATES = 64
 """Of a volume, the surest ones."""
@@ -84,17 +85,18 @@ class Detected:
     """None: the answer cannot be read."""
     answer: TextAnswer | None = None
     """Of the model; a specialist writes none."""
-    seen: Scan | None = None
+    prompt: Any = None
     """What the model was shown."""
 
 
 def _model_boxes(context: CaseContext, seen: Scan, scan: Scan) -> Detected:
     """The greedy answer to `seen` and its boxes on the grid of `scan`."""
-    answer = _answer(context, seen, "detect")
+    prompt = _prompt(context, seen, "detect")
+    answer = _answer(context, prompt)
     try:
-        return Detected(context.engine.boxes(answer, scan), answer, seen)
+        return Detected(context.engine.boxes(answer, scan), answer, prompt)
     except ValueError:  # counted as `parsed` = 0
-        return Detected(None, answer, seen)
+        return Detected(None, answer, prompt)
 
 
 def _mask_boxes(context: CaseContext, scan: Scan) -> list[Box]:
@@ -109,12 +111,13 @@ def _candidates(context: CaseContext, found: Detected, scan: Scan) -> list[Box] 
     None where no answers are drawn.
     """
     config, engine = context.config, context.engine
-    if found.answer is None or found.seen is None:
+    if found.answer is None:
         return found.boxes
     if not config.box_samples:
         return None
-    prompt = engine.encode(found.seen, instruction_for("detect"), "detect")
-    drawn = engine.sample_texts(prompt, config.box_samples, max_new_tokens=config.max_new_tokens, seed=config.seed)
+    drawn = engine.sample_texts(
+        found.prompt, config.box_samples, max_new_tokens=config.max_new_tokens, seed=config.seed
+    )
     return list(engine.candidates([found.answer, *drawn], scan))
 
 
@@ -228,7 +231,7 @@ def diagnose_case(context: CaseContext, row: Mapping[str, Any]) -> CaseResult:
 
 def _model_probabilities(context: CaseContext, scan: Scan) -> np.ndarray:
     """Probabilities over DIAGNOSES."""
-    prompt = context.engine.encode(scan, instruction_for("diagnose"), "diagnose")
+    prompt = _prompt(context, scan, "diagnose")
     return np.asarray(context.engine.score_choices(prompt, diagnosis_choices()), dtype=np.float64)
 
 
@@ -237,8 +240,8 @@ def report_case(context: CaseContext, row: Mapping[str, Any]) -> CaseResult:
     record, scan, reference = recorder(row, "report"), row_to_scan(row), row["report"]
     methods = context.methods(
         "report",
-        lambda seen: _answer(context, seen, "report").readable,
-        lambda seen: _answer(context, baselines.blank_scan(seen), "report").readable,
+        lambda seen: _answer(context, _prompt(context, seen, "report")).readable,
+        lambda seen: _answer(context, _prompt(context, baselines.blank_scan(seen), "report")).readable,
     )
     agreement = {"labeller_agrees": _labeller_agreement(row)}
     records = []
@@ -270,9 +273,16 @@ def _labeller_agreement(row: Mapping[str, Any]) -> float:
     return float(label_text(row["report"]) == {(box["label"], box["side"]) for box in row["boxes"]})
 
 
-def _answer(context: CaseContext, scan: Scan, task: str) -> TextAnswer:
+def _prompt(context: CaseContext, scan: Scan, task: str) -> Any:
+    """What the text decoder is given: the scan, and what the image decoder draws of it."""
+    if context.config.outline:
+        drawn = model_segmentation(context, scan, tuple(outline_instructions()))
+        scan = outlined(scan, drawn_outline(scan, drawn.probabilities, context.engine.preprocess))
+    return context.engine.encode(scan, instruction_for(task), task)
+
+
+def _answer(context: CaseContext, prompt: Any) -> TextAnswer:
     """The greedy text answer."""
-    prompt = context.engine.encode(scan, instruction_for(task), task)
     answer: TextAnswer = context.engine.generate_text(
         prompt, max_new_tokens=context.config.max_new_tokens, temperature=0.0, seed=context.config.seed
     )

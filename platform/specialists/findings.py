@@ -14,9 +14,10 @@ import numpy as np
 from omnimri.models.boxes import Box
 from omnimri.models.scan import Scan
 from omnimri.models.vocabulary import DIAGNOSES, FINDINGS, LESION, NORMAL
-from omnimri.platform.evaluation.mask_boxes import Probabilities, boxes_of, evidence_of
+from omnimri.platform.evaluation.mask_boxes import boxes_of
 from omnimri.platform.evaluation.measures import METRICS
 from omnimri.platform.evaluation.text_cases import box_table
+from omnimri.platform.language.outline import Probabilities, evidence_of
 from omnimri.platform.language.reports import derived_report
 
 FINDING_OF = dict(zip(DIAGNOSES[1:], FINDINGS, strict=True))

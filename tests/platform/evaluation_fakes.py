@@ -18,8 +18,10 @@ import torch
 
 from omnimri.models import physics
 from omnimri.models.boxes import Box
+from omnimri.models.config import preset
 from omnimri.models.decoding import TextAnswer
 from omnimri.models.detection import Detection, read_detection
+from omnimri.models.preprocess import Preprocess
 from omnimri.models.scan import Scan
 from omnimri.models.vocabulary import DIAGNOSES, LESION, TISSUES
 from omnimri.platform.data.schema import SCHEMA, SCHEMA_VERSION, pack_array
@@ -120,6 +122,7 @@ class KnowingEngine:
     garbled: bool = False
     version: str = "fake-1"
     detection: Detection = field(default_factory=Detection)
+    preprocess: Preprocess = field(default_factory=lambda: Preprocess(preset("tiny").inputs))
 
     def encode(self, scan: Scan, instruction: str, task: str) -> FakePrompt:
         blank = bool(np.ptp(scan.image) == 0)

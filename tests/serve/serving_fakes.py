@@ -18,6 +18,7 @@ from omnimri.models.config import tiny
 from omnimri.models.decoding import TextAnswer
 from omnimri.models.detection import Detection
 from omnimri.models.engine import Prompt, Reconstruction, Segmentation
+from omnimri.models.instructions import OUTLINED
 from omnimri.models.physics import fft2c
 from omnimri.models.preprocess import Preprocess
 from omnimri.models.prompts import untagged
@@ -46,7 +47,7 @@ class KnownAnswers:
         return Prompt(
             task=task, instruction=instruction, token_ids=np.frombuffer(answer.encode(), np.uint8).astype(np.int64),
             embeds=np.zeros((len(answer), 4), np.float32), queries=None,
-            warnings=(f"Encoded for {task}.",),
+            warnings=(f"Encoded for {task}.", *(f"Told: {told}" for told in [scan.facts.get(OUTLINED)] if told)),
         )  # fmt: skip
 
     def generate_text(

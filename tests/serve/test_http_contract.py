@@ -4,6 +4,7 @@ import concurrent.futures
 import gzip
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from omnimri.models.prompts import instruction_for
 from omnimri.models.vocabulary import RESEARCH_NOTICE
 from omnimri.platform.language.description import Description
 from omnimri.serve.app import running_app
-from omnimri.serve.config import AppArgs, ImageConfig, ServingConfig, UploadLimits
+from omnimri.serve.config import AppArgs, ImageConfig, ServingConfig, TextConfig, UploadLimits
+from omnimri.serve.ingress import NOT_OUTLINED
 from tests.serve import serving_fakes as fakes
 
 
@@ -31,7 +33,9 @@ def url(
         model=str(fakes.model_folder(folder / "model")),
         artifacts_dir=str(folder / "artifacts"),
         retry_after_s=7,
-        serving=ServingConfig(image=one_at_a_time, limits=UploadLimits(max_upload_mb=2.0)),
+        serving=ServingConfig(
+            image=one_at_a_time, text=TextConfig(outline_timeout_s=4.0), limits=UploadLimits(max_upload_mb=2.0)
+        ),
     )
     with running_app(args, load=fakes.known_answers) as address:
         yield address
@@ -270,6 +274,14 @@ def test_a_free_instruction_finds_its_task(client: httpx.Client, nifti: Path) ->
     assert answer["text"] == "Normal brain. No lesion."
 
 
+@pytest.mark.parametrize("task", ["detect", "diagnose", "report"])
+def test_the_text_decoder_is_told_what_the_image_decoder_draws(client: httpx.Client, nifti: Path, task: str) -> None:
+    """The fake decoder draws the brightest band of the head as lesion, which lies in front and on both sides."""
+    told = [warning for warning in post(client, task, nifti).json()["warnings"] if warning.startswith("Told: ")]
+    assert len(told) == 1
+    assert re.fullmatch(r"Told: 1 lesion, up to \d+ mm, [\d.]+ mL, .*\[(\d+, ){5}\d+\]\.", told[0])
+
+
 def test_text_streams_as_events_that_end_in_the_answer(client: httpx.Client, nifti: Path) -> None:
     response = post(client, "report", nifti, stream="true").raise_for_status()
     assert response.headers["content-type"].startswith("text/event-stream")
@@ -290,7 +302,9 @@ def test_text_is_answered_while_an_image_is_computed_and_a_full_queue_says_when_
     with concurrent.futures.ThreadPoolExecutor() as pool:
         long = pool.submit(post, client, "segment", nifti, structures="lesion", instruction=str(pipe))
         with pipe.open("w"):  # Opens once the image replica reads from it, and holds it there.
-            assert post(client, "report", nifti).status_code == 200
+            report = post(client, "report", nifti).raise_for_status().json()
+            assert NOT_OUTLINED in report["warnings"]
+            assert not any("Told" in warning for warning in report["warnings"])
             assert not long.done()
             waiting = [pool.submit(post, client, "segment", nifti) for _ in range(2)]
             done, _ = concurrent.futures.wait(waiting, return_when=concurrent.futures.FIRST_COMPLETED)
