@@ -99,6 +99,7 @@ class ImageDecoder(nn.Module):
                 pyramid_channels=pyramid_channels[:-1], pyramid_depths=pyramid_depths[:-1],
             )  # fmt: skip
         self.segment_trunk = trunk(config.mask_channels + 1, config.mask_channels)
+        self.mask_tokens = nn.Parameter(torch.randn(1, config.mask_channels, condition_dim))
         self.prompt = nn.Sequential(nn.LayerNorm(condition_dim), nn.Linear(condition_dim, 2 * config.mask_channels + 1))
 
     def predict_image(
@@ -121,6 +122,10 @@ class ImageDecoder(nn.Module):
     ) -> Tensor:
         """Mask logits `(B, N, [D,] H, W)` of N prompts.
 
+        The trunk sees the image and reads tokens of its own; a prompt chooses from its features (as MaskFormer's
+        queries do, arXiv 2107.06278). So a mask does not depend on what else is asked for, but for what the states of
+        all prompts write into the trunk from the second step on.
+
         Args:
             state: `(B, N, [D,] H, W)`.
             image: `(B, [D,] H, W)`: slices, or patches for a decoder of three dimensions.
@@ -131,7 +136,7 @@ class ImageDecoder(nn.Module):
         write, read, offset = self.prompt(condition.mean(2)).split([self.config.mask_channels] * 2 + [1], dim=-1)
         written = torch.einsum("bns,bnm->bms", state.flatten(2), write).unflatten(2, image.shape[1:])
         shown = torch.cat([written, image[:, None]], dim=1)
-        features = self.segment_trunk(shown, time, condition.flatten(1, 2), pyramid)
+        features = self.segment_trunk(shown, time, self.mask_tokens.expand(len(shown), -1, -1), pyramid)
         logit = torch.einsum("bms,bnm->bns", features.flatten(2).float(), read.float()) + offset.float()
         return logit.unflatten(2, image.shape[1:])
 

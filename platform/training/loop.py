@@ -135,7 +135,9 @@ def optimizer_step(
         times.append(time.perf_counter())
         bench.engine.backward(losses["loss"])
         times.append(time.perf_counter())
+        norm = whole_gradient_norm(bench.engine)
         bench.engine.step()
+        meters.gradient_norm = sharded_gradient_norm(bench.engine) if norm is None else norm
         times.append(time.perf_counter())
         seconds = dict(zip(("data", "forward", "backward", "optimizer"), _differences(times), strict=True))
         rows = bench.schedule.rows[bench.schedule.sources.index(source)]
@@ -153,7 +155,6 @@ def after_step(bench: Bench, done: int, meters: Meters) -> None:
     if done % train.log_every == 0 or last:
         record = meters.flush()
         record["lr"] = train.lr * train.lr_factor(done - 1)
-        record["gradient_norm"] = gradient_norm(bench.engine)
         log_record(bench, done, record)
     metrics = progress(bench, done)
     if bench.held_out and (last or (train.validate_every and done % train.validate_every == 0)):
@@ -298,8 +299,16 @@ def check_finite(losses: Mapping[str, float], step: int, source: str) -> None:
         )
 
 
-def gradient_norm(engine: Any) -> float:
-    """Norm over all parameters before clipping; 0 before the first update."""
+def whole_gradient_norm(engine: Any) -> float | None:
+    """Norm over all parameters before clipping, where every rank has the gradients; None under ZeRO."""
+    if engine.zero_optimization_stage():
+        return None
+    gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
+    return float(torch.nn.utils.get_total_norm(gradients))
+
+
+def sharded_gradient_norm(engine: Any) -> float:
+    """The same under ZeRO, whose optimizer counts it in its step; 0 before the first update."""
     norm = engine.get_global_grad_norm()
     return float(norm) if norm is not None else 0.0
 

@@ -93,6 +93,16 @@ def test_masks_follow_their_prompts(rng: torch.Generator) -> None:
     torch.testing.assert_close(twice[:, 1], twice[:, 2])
 
 
+def test_a_mask_does_not_depend_on_what_else_is_asked_for(rng: torch.Generator) -> None:
+    """Cerebrospinal fluid had a Dice of 0.60 when asked for alone and 0.80 beside three others, as in training."""
+    decoder, _, pyramid = decoder_and_inputs(rng)
+    image = torch.randn(2, 48, 40, generator=rng)
+    prompts = torch.randn(2, 3, 16, preset("tiny").connector.dim, generator=rng)
+    masks = decoder.segment(image, prompts, pyramid, num_steps=1)
+    for asked in ([1], [2, 0]):
+        torch.testing.assert_close(decoder.segment(image, prompts[:, asked], pyramid, num_steps=1), masks[:, asked])
+
+
 def test_levels_over_slices_are_those_of_monai(rng: torch.Generator) -> None:
     """Checkpoints hold the tensors of `BasicUNet`'s blocks, which the trunk was once made of."""
     trunk = decoder_and_inputs(rng)[0].segment_trunk

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -237,6 +238,18 @@ def test_the_run_is_recorded(tmp_path: Path) -> None:
     assert [point.step for point in history] == [4, 8, 12]
     pictures = connect(tracker.uri).list_artifacts(tracker.run_id, "pictures")
     assert {Path(p.path).name for p in pictures} == {"image-input.png", "image.slices-input.png"}
+
+
+def test_the_recorded_gradient_norm_is_that_before_clipping_sharded_or_not(tmp_path: Path) -> None:
+    """Without ZeRO it had been recorded as 0."""
+    norms = []
+    for stage in (0, 1):
+        tracker = Tracker.start(f"sqlite:///{tmp_path / f'{stage}.db'}", "vision")
+        run = replace(fake_run(tmp_path / str(stage)), zero=ZeroConfig(stage=stage, gradient_clipping=0.01))
+        run_stage("vision", run, kit=FakeKit(), tracker=tracker)
+        norms.append([p.value for p in connect(tracker.uri).get_metric_history(tracker.run_id, "gradient_norm")])
+    assert min(norms[0]) > 0.01
+    np.testing.assert_allclose(norms[1], norms[0], rtol=1e-4)
 
 
 def test_learning_rate_warms_up_and_decays() -> None:
