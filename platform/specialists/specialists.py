@@ -43,7 +43,7 @@ from omnimri.platform.training.config import DEFAULT_EXCLUDED
 logger = logging.getLogger(__name__)
 
 CARD, WEIGHTS = "specialist.json", "model.safetensors"
-_CARD_VERSION = 1
+_CARD_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
