@@ -43,7 +43,7 @@ demo: venv  ## Make the corpus, train, evaluate, serve and ask, at the tiny pres
 	@$(BIN)/omnimri demo $(ARGS)
 
 test: venv  ## Run every test, the slow ones included
-	@$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder $(ARGS)
+	@$(BIN)/python -m pytest $(ARGS)
 
 checks: venv  ## Check format, lint and types
 	@$(BIN)/ruff format --check .

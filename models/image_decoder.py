@@ -99,7 +99,8 @@ class ImageDecoder(nn.Module):
                 pyramid_channels=pyramid_channels[:-1], pyramid_depths=pyramid_depths[:-1],
             )  # fmt: skip
         self.segment_trunk = trunk(config.mask_channels + 1, config.mask_channels)
-        self.mask_tokens = nn.Parameter(torch.randn(1, config.mask_channels, condition_dim))
+        # A module, since ZeRO-3 gathers parameters where one is called.
+        self.mask_tokens = nn.Embedding(config.mask_channels, condition_dim)
         self.prompt = nn.Sequential(nn.LayerNorm(condition_dim), nn.Linear(condition_dim, 2 * config.mask_channels + 1))
 
     def predict_image(
@@ -136,7 +137,8 @@ class ImageDecoder(nn.Module):
         write, read, offset = self.prompt(condition.mean(2)).split([self.config.mask_channels] * 2 + [1], dim=-1)
         written = torch.einsum("bns,bnm->bms", state.flatten(2), write).unflatten(2, image.shape[1:])
         shown = torch.cat([written, image[:, None]], dim=1)
-        features = self.segment_trunk(shown, time, self.mask_tokens.expand(len(shown), -1, -1), pyramid)
+        tokens = self.mask_tokens(torch.arange(self.config.mask_channels, device=shown.device))
+        features = self.segment_trunk(shown, time, tokens.expand(len(shown), -1, -1), pyramid)
         logit = torch.einsum("bms,bnm->bns", features.flatten(2).float(), read.float()) + offset.float()
         return logit.unflatten(2, image.shape[1:])
 

@@ -1,4 +1,4 @@
-"""What the tests share: their order, a seeded generator and one small local Ray."""
+"""What the tests share: a seeded generator and one small local Ray."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,12 +11,6 @@ from omnimri.platform.cluster import ensure_ray, worker_environment
 ROOT = Path(__file__).parents[1]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests first: of two processes, neither is left alone with one of them at the end."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
-
-
 @pytest.fixture
 def rng() -> torch.Generator:
     """A generator of its own for every test, so that tests do not depend on their order."""
@@ -25,7 +19,7 @@ def rng() -> torch.Generator:
 
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[None]:
-    """One local Ray with four logical CPUs for the whole process; nothing outside the machine can reach it."""
+    """One local Ray with four logical CPUs for the whole session; nothing outside the machine can reach it."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in worker_environment().items():
             patch.setenv(name, value)
