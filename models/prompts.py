@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -206,9 +206,7 @@ class SequenceBuilder:
         before = f"{special.TURN_START}user\n{shown.removesuffix(' ')}"
         said = f"{' ' if shown.endswith(' ') else ''}{instruction}"  # a token of the vocabulary begins with its blank
         after = f"{special.TURN_END}\n{special.TURN_START}assistant\n"
-        sequence = self._join([(before, False), (said, False), (after, False), answer])
-        start, length = (len(self.tokenizer.encode(text, add_special_tokens=False)) for text in (before, said))
-        return replace(sequence, instruction=(start, start + length))
+        return self._join([(before, False), (said, False), (after, False), answer], instruction=1)
 
     def _vision(self, kind: str) -> str:
         count = self.num_slice_visual if kind == special.SLICE else self.num_visual
@@ -218,14 +216,18 @@ class SequenceBuilder:
         start, end = (special.RECON, special.RECON_END) if task == "reconstruct" else (special.SEG, special.SEG_END)
         return start + "".join(f"<q{i}>" for i in range(self.num_queries)) + end
 
-    def _join(self, parts: list[tuple[str, bool]]) -> TokenSequence:
+    def _join(self, parts: list[tuple[str, bool]], *, instruction: int | None = None) -> TokenSequence:
+        """Texts, and whether each is labelled; `instruction` is the index of the user's own words."""
         ids: list[int] = []
         labels: list[int] = []
-        for text, labelled in parts:
+        said = (0, 0)
+        for index, (text, labelled) in enumerate(parts):
             encoded = self.tokenizer.encode(text, add_special_tokens=False)
+            if index == instruction:
+                said = (len(ids), len(ids) + len(encoded))
             ids += encoded
             labels += encoded if labelled else [IGNORED] * len(encoded)
         token_ids, targets = np.array(ids, np.int64), np.array(labels, np.int64)
         unlabelled = [self.tokenizer.convert_tokens_to_ids(f"<q{i}>") for i in range(self.num_queries)]
         targets[np.isin(token_ids, unlabelled)] = IGNORED
-        return TokenSequence(token_ids, targets)
+        return TokenSequence(token_ids, targets, instruction=said)

@@ -120,6 +120,11 @@ class TextConfig(ReplicaConfig):
         super().__post_init__()
         if self.backend not in ("transformers", "vllm"):
             raise ValueError(f"TextConfig.backend {self.backend!r} is unknown; known: transformers, vllm.")
+        if self.outline_timeout_s <= 0:
+            raise ValueError(
+                f"TextConfig.outline_timeout_s must be positive, found {self.outline_timeout_s}; outline=false leaves "
+                "the drawing out."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

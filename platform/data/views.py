@@ -11,19 +11,26 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from omnimri.models import special_tokens as special
-from omnimri.models.instructions import FOREIGN_STRUCTURES, NEAR, OUTLINED
+from omnimri.models.instructions import OUTLINED
 from omnimri.models.physics import SenseOperator, root_sum_of_squares
-from omnimri.models.preprocess import Preprocess
-from omnimri.models.resample import pad_or_crop
 from omnimri.models.scan import Scan
 from omnimri.models.vocabulary import CONTRASTS, LESION, PLANES
+from omnimri.platform.data.draws import (
+    ViewOptions,
+    draw_indices,
+    drawn_patches,
+    drawn_slices,
+    drawn_structures,
+    foreign_structures,
+    to_slice_grid,
+)
 from omnimri.platform.data.labels import dense_labels, known_labels, structure_mask
 from omnimri.platform.data.patches import cut_patches, draw_corners
 from omnimri.platform.data.shards import RowRef, row_to_scan
@@ -34,7 +41,6 @@ from omnimri.platform.language.instruct import (
     drawn_context,
     reconstruct_pair,
     segment_pair,
-    segmentable,
 )
 from omnimri.platform.language.outline import imagined_outline
 
@@ -42,48 +48,6 @@ Row = Mapping[str, Any]
 Sample = dict[str, Any]
 LoadRow = Callable[[], Row]
 """Reads one row of a study when it is drawn."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ViewOptions:
-    """How samples are drawn from rows."""
-
-    preprocess: Preprocess
-    slices_per_sample: int = 4
-    """Slices that an image sample takes of one volume."""
-    patch_shape: tuple[int, int, int] | None = None
-    """Slices and pixels of the patches that a segmentation sample takes in the place of slices, for an image decoder
-    of three dimensions; None takes slices."""
-    patches_per_sample: int = 4
-    """Patches that it, or a labelled image sample, takes of one volume."""
-    accelerations: tuple[int, ...] = (4, 4, 8)
-    """Drawn from with equal chance; repeat one to weigh it."""
-    random_mask_share: float = 0.3
-    """Share of undersampled acquisitions whose outer lines are drawn independently (fastMRI knee); those of the others
-    are equispaced (fastMRI brain)."""
-    volumes_per_sequence: int = 4
-    """Contrasts of a study that an interleaved sequence shows, at most; each shows two at least."""
-    structures_per_sample: int = 4
-    """Structures that a segmentation sample asks for, each by an instruction of its own."""
-    foreign_share: float = 0.1
-    """Share of them that another part of the body has, where the row says which part it shows: their mask is empty."""
-    text_tasks: Mapping[str, float] = field(
-        default_factory=lambda: {"detect": 0.24, "diagnose": 0.43, "report": 0.28, "describe": 0.05}
-    )
-    """Chance of each text task where a row has labels for all. A description is several times as long as the other
-    answers, and most of it is keys: little of it is enough."""
-    question_share: float = 0.2
-    """Share of text samples that ask a question (yes or no, a choice, one kind of finding, a differential, or one that
-    does not fit the image) instead of a whole task."""
-    outlined_share: float = 0.9
-    """Share of text samples, of rows with labelled lesions, that are told what a segmentation would draw."""
-
-    def __post_init__(self) -> None:
-        if self.patches_per_sample < 1:
-            raise ValueError(f"ViewOptions.patches_per_sample must be at least 1, found {self.patches_per_sample}.")
-        for name in ("question_share", "random_mask_share", "foreign_share", "outlined_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"ViewOptions.{name} must be between 0 and 1, found {getattr(self, name)}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,9 +74,9 @@ def image_sample(row: Row, _: np.random.Generator, options: ViewOptions) -> Samp
 def slice_sample(row: Row, rng: np.random.Generator, options: ViewOptions) -> Sample:
     """Single slices as volumes of depth one, `volumes` `(S, 1, 1, H, W)`."""
     slices = options.preprocess.slices(row_to_scan(row)).slices
-    chosen = _draw(np.ptp(slices.numpy(), axis=(1, 2)) > 0.5, options.slices_per_sample, rng)
+    chosen = draw_indices(np.ptp(slices.numpy(), axis=(1, 2)) > 0.5, options.slices_per_sample, rng)
     attributes = np.repeat(_attributes(row)[None], len(chosen), axis=0)
-    return {"volumes": _to_slice_grid(slices[chosen], options).numpy()[:, None, None], "attributes": attributes}
+    return {"volumes": to_slice_grid(slices[chosen], options).numpy()[:, None, None], "attributes": attributes}
 
 
 def labelled_sample(row: Row, rng: np.random.Generator, options: ViewOptions) -> Sample:
@@ -138,7 +102,7 @@ def labelled_slices_sample(row: Row, rng: np.random.Generator, options: ViewOpti
     scan = row_to_scan(row)
     source = options.preprocess.slices(scan)
     labels = dense_labels(row, lambda mask: torch.as_tensor(options.preprocess.slice_labels(mask, scan, source.axis)))
-    cut = _drawn_slices(labels[LESION], source.slices > source.slices.min(), rng, options)
+    cut = drawn_slices(labels[LESION], source.slices > source.slices.min(), rng, options)
     slices = [cut(array).float() for array in (source.slices, *labels.values())]
     return _labelled(row, torch.stack(slices, dim=1)[:, :, None], rng)
 
@@ -185,11 +149,11 @@ def interleaved_sample(study: Sequence[LoadRow], rng: np.random.Generator, optio
 def paired_slices_sample(row: Row, rng: np.random.Generator, options: ViewOptions) -> Sample:
     """Several slices of a volume in their order, `(S, 1, 1, H, W)`, with the volume's description or report."""
     source = options.preprocess.slices(row_to_scan(row))
-    chosen = _draw(np.ptp(source.slices.numpy(), axis=(1, 2)) > 0.5, options.slices_per_sample, rng)
+    chosen = draw_indices(np.ptp(source.slices.numpy(), axis=(1, 2)) > 0.5, options.slices_per_sample, rng)
     in_plane_mm = options.preprocess.inputs.slice_spacing_mm
     spacing_mm = np.array([source.canonical.spacing_mm[source.axis], in_plane_mm, in_plane_mm], np.float32)
     return {
-        "volume": _to_slice_grid(source.slices[chosen], options).numpy()[:, None, None],
+        "volume": to_slice_grid(source.slices[chosen], options).numpy()[:, None, None],
         "spacing_mm": np.repeat(spacing_mm[None], len(chosen), axis=0),
         "contrast": np.full(len(chosen), contrast_index(row["contrast"]), np.int64),
         "image_kind": special.SLICE,
@@ -263,7 +227,7 @@ def reconstruction_sample(row: Row, rng: np.random.Generator, options: ViewOptio
     )
     full = torch.tensor(row["kspace"])
     signal = root_sum_of_squares(full).amax(dim=(-2, -1)).numpy()
-    chosen = _draw(np.asarray(signal > 0.1 * signal.max()), options.slices_per_sample, rng)
+    chosen = draw_indices(np.asarray(signal > 0.1 * signal.max()), options.slices_per_sample, rng)
     arrays = reconstruction_arrays(scan, chosen, options.preprocess.inputs.sens_maps)
     maps = torch.from_numpy(arrays["sens_maps"])
     target = SenseOperator(maps, torch.tensor(True)).adjoint(full[chosen])
@@ -283,8 +247,8 @@ def segmentation_sample(row: Row, rng: np.random.Generator, options: ViewOptions
     """
     scan = row_to_scan(row)
     names: dict[int, str] = row["label_names"]
-    structures = _drawn_structures(names, options.structures_per_sample, rng)
-    foreign = _foreign_structures(row["body_part"])
+    structures = drawn_structures(names, options.structures_per_sample, rng)
+    foreign = foreign_structures(row["body_part"])
     if foreign and options.foreign_share:
         structures = [str(rng.choice(foreign)) if rng.random() < options.foreign_share else s for s in structures]
     source = options.preprocess.slices(scan)
@@ -294,7 +258,7 @@ def segmentation_sample(row: Row, rng: np.random.Generator, options: ViewOptions
 
     masks = {name: on_slices(structure_mask(row["label_map"], names, name)) for name in {*structures, LESION}}
     anatomy = on_slices(row["label_map"] > 0)
-    cut = _drawn_slices(masks[LESION], anatomy, rng, options) if options.patch_shape is None else _drawn_patches(
+    cut = drawn_slices(masks[LESION], anatomy, rng, options) if options.patch_shape is None else drawn_patches(
         masks[LESION] if masks[LESION].any() else anatomy, rng, options
     )  # fmt: skip
     return _volume_fields(row, options) | {
@@ -304,57 +268,6 @@ def segmentation_sample(row: Row, rng: np.random.Generator, options: ViewOptions
         "slices": cut(source.slices).numpy(),
         "slice_target": torch.stack([cut(masks[name]) for name in structures], dim=1).numpy(),
     }
-
-
-def _drawn_slices(
-    lesion: torch.Tensor, anatomy: torch.Tensor, rng: np.random.Generator, options: ViewOptions
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Takes the drawn slices, half of them with a lesion where there is one, of a stack."""
-    with_lesion, with_anatomy = (mask.flatten(1).any(1).numpy() for mask in (lesion, anatomy))
-    num_lesion = options.slices_per_sample // 2 if with_lesion.any() else 0
-    chosen = np.concatenate(
-        [_draw(with_lesion, num_lesion, rng), _draw(with_anatomy, options.slices_per_sample - num_lesion, rng)]
-    )
-    return lambda stack: _to_slice_grid(stack[chosen], options)
-
-
-def _drawn_patches(
-    foreground: torch.Tensor, rng: np.random.Generator, options: ViewOptions
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Takes the drawn patches, half of them about a place of the foreground, of a stack."""
-    assert options.patch_shape is not None
-    shape = options.patch_shape
-    corners = draw_corners(foreground.numpy(), shape, options.patches_per_sample, rng)
-    return lambda stack: cut_patches(stack, corners, shape, _background(stack))
-
-
-def _drawn_structures(names: Mapping[int, str], count: int, rng: np.random.Generator) -> list[str]:
-    """Structures to ask for: those that the row's labels know, and lesions, which it may or may not have."""
-    known = segmentable(names)
-    order = rng.permutation(len(known))
-    return [known[order[i % len(known)]] for i in range(count)]
-
-
-def _foreign_structures(body_part: str | None) -> list[str]:
-    """Structures that an image of a body part cannot show; none where the part is unknown."""
-    if body_part not in NEAR:
-        return []
-    return [
-        structure
-        for other, structures in FOREIGN_STRUCTURES.items()
-        for structure in structures
-        if other != body_part and other not in NEAR[body_part]
-    ]
-
-
-def _to_slice_grid(slices: torch.Tensor, options: ViewOptions) -> torch.Tensor:
-    """Slices `(S, H, W)` padded or cropped about their centre, so that rows of any matrix share a batch."""
-    return pad_or_crop(slices, options.preprocess.inputs.slice_shape, _background(slices))
-
-
-def _background(slices: torch.Tensor) -> float:
-    """The darkest value, or no label."""
-    return False if slices.dtype == torch.bool else float(slices.min())
 
 
 def description_text(description: str | None) -> str:
@@ -392,12 +305,6 @@ def _attributes(row: Row) -> np.ndarray:
 
 def _index(names: tuple[str, ...], value: str | None) -> int:
     return names.index(value) if value in names else -1
-
-
-def _draw(allowed: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """`count` indices where `allowed`, drawn with repetition only if there are too few; any index if there is none."""
-    candidates = np.flatnonzero(allowed) if allowed.any() else np.arange(len(allowed))
-    return np.sort(rng.choice(candidates, count, replace=len(candidates) < count))
 
 
 def _any_row(_: RowRef) -> bool:

@@ -54,7 +54,7 @@ def drawn_outline(scan: Scan, probabilities: Probabilities, preprocess: Preproce
         probabilities: Of the structures of `outline_instructions`.
         preprocess: Whose grid places count in.
     """
-    return outline_words(evidence_of(scan, probabilities, LESION, threshold=0.5), BoxCoder(scan, preprocess))
+    return outline_words(evidence_of(scan, probabilities, LESION, threshold=0.5), scan, preprocess)
 
 
 def outlined(scan: Scan, outline: str) -> Scan:
@@ -89,7 +89,7 @@ def evidence_of(
     return Evidence.of_row(row)
 
 
-def outline_words(evidence: Evidence, coder: BoxCoder) -> str:
+def outline_words(evidence: Evidence, scan: Scan, preprocess: Preprocess) -> str:
     """`2 lesions, up to 14 mm, 1.3 mL, hyperintense to white matter, in white matter: left [1, 2, 3, 4, 5, 6].`."""
     measured = evidence.lesions.get(LESION)
     if measured is None:
@@ -101,7 +101,7 @@ def outline_words(evidence: Evidence, coder: BoxCoder) -> str:
         f"{measured.signal} to {measured.reference}" if measured.signal else "",
         f"in {measured.site}" if measured.site else "",
     ]
-    return f"{', '.join(filter(None, told))}: {_places(measured, coder)}."
+    return f"{', '.join(filter(None, told))}: {_places(measured, BoxCoder(scan, preprocess))}."
 
 
 def _places(measured: Measured, coder: BoxCoder) -> str:
@@ -132,7 +132,7 @@ def imagined_outline(row: Mapping[str, Any], preprocess: Preprocess, rng: np.ran
     labels[lesion] = tissue  # what a drawing that misses the lesion shows there
     labels[_drawn(lesion, labels > 0, scan.spacing_mm, rng)] = findings[0]
     drawn = {**row, "label_map": labels, "label_names": {**names, findings[0]: LESION}, "boxes": None, "classes": None}
-    return outline_words(Evidence.of_row(drawn), BoxCoder(scan, preprocess))
+    return outline_words(Evidence.of_row(drawn), scan, preprocess)
 
 
 def _drawn(lesion: np.ndarray, tissue: np.ndarray, spacing_mm: Sequence[float], rng: np.random.Generator) -> np.ndarray:
@@ -146,8 +146,9 @@ def _drawn(lesion: np.ndarray, tissue: np.ndarray, spacing_mm: Sequence[float], 
         if rng.random() >= _MISSED + _MISSED_SMALL * np.exp(-part.sum() * voxel_ml / _SMALL_ML):
             drawn[around] |= _frayed(part, str(rng.choice(_EDGES)))
     if tissue.any() and rng.random() < _INVENTED:
-        centre = np.argwhere(tissue)[int(rng.integers(np.count_nonzero(tissue)))]
-        drawn |= _ball(lesion.shape, centre, spacing_mm, rng.uniform(*_INVENTED_MM)) & tissue
+        centre = np.unravel_index(int(rng.choice(np.flatnonzero(tissue))), tissue.shape)
+        place, ball = _ball(centre, tissue.shape, np.asarray(spacing_mm), rng.uniform(*_INVENTED_MM))
+        drawn[place] |= ball & tissue[place]
     return drawn
 
 
@@ -160,7 +161,13 @@ def _frayed(part: np.ndarray, edge: str) -> np.ndarray:
     return eroded if eroded.any() else part
 
 
-def _ball(shape: Sequence[int], centre: np.ndarray, spacing_mm: Sequence[float], radius_mm: float) -> np.ndarray:
-    offsets = np.ogrid[tuple(slice(-index, size - index) for index, size in zip(centre, shape, strict=True))]
-    z, y, x = (np.square(offset * mm) for offset, mm in zip(offsets, spacing_mm, strict=True))
-    return np.asarray(z + y + x <= radius_mm**2)
+def _ball(
+    centre: Sequence[np.intp], shape: Sequence[int], spacing_mm: np.ndarray, radius_mm: float
+) -> tuple[tuple[slice, ...], np.ndarray]:
+    """The place around a ball in a volume, and the ball there."""
+    reach = np.floor(radius_mm / spacing_mm).astype(int)
+    edges = list(zip(centre, reach, shape, strict=True))
+    place = tuple(slice(max(0, at - steps), min(size, at + steps + 1)) for at, steps, size in edges)
+    z, y, x = np.ogrid[place]
+    offsets = [(axis - at) * mm for axis, at, mm in zip((z, y, x), centre, spacing_mm, strict=True)]
+    return place, np.asarray(sum(np.square(offset) for offset in offsets) <= radius_mm**2)

@@ -25,6 +25,7 @@ from omnimri.platform.cluster import environment
 from omnimri.platform.data.stream import stream_batches
 from omnimri.platform.training import checkpoints
 from omnimri.platform.training.bench import Bench, StageJob, open_bench
+from omnimri.platform.training.config import TrainConfig
 from omnimri.platform.training.meters import Meters
 from omnimri.platform.training.optimizer import forget_gradients, set_learning_rates
 from omnimri.platform.training.session import RayTrainSession, Session
@@ -135,9 +136,9 @@ def optimizer_step(
         times.append(time.perf_counter())
         bench.engine.backward(losses["loss"])
         times.append(time.perf_counter())
-        norm = whole_gradient_norm(bench.engine)
+        if micro + 1 == bench.train.accumulation and is_recorded(bench.train, step + 1):
+            meters.gradient_norm = whole_gradient_norm(bench.engine)
         bench.engine.step()
-        meters.gradient_norm = sharded_gradient_norm(bench.engine) if norm is None else norm
         times.append(time.perf_counter())
         seconds = dict(zip(("data", "forward", "backward", "optimizer"), _differences(times), strict=True))
         rows = bench.schedule.rows[bench.schedule.sources.index(source)]
@@ -152,8 +153,10 @@ def optimizer_step(
 def after_step(bench: Bench, done: int, meters: Meters) -> None:
     """Record, report and save what is due after `done` optimizer steps."""
     train, last = bench.train, done == bench.train.steps
-    if done % train.log_every == 0 or last:
+    if is_recorded(train, done):
+        norm = meters.gradient_norm
         record = meters.flush()
+        record["gradient_norm"] = sharded_gradient_norm(bench.engine) if norm is None else norm
         record["lr"] = train.lr * train.lr_factor(done - 1)
         log_record(bench, done, record)
     metrics = progress(bench, done)
@@ -166,6 +169,11 @@ def after_step(bench: Bench, done: int, meters: Meters) -> None:
         save(bench, done, metrics, wait=last or not train.checkpoint_async)
     elif bench.job.report_every and done % bench.job.report_every == 0:
         bench.session.report(metrics)
+
+
+def is_recorded(train: TrainConfig, done: int) -> bool:
+    """Whether the tracker is told after `done` optimizer steps."""
+    return done % train.log_every == 0 or done == train.steps
 
 
 @torch.no_grad()

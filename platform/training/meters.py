@@ -19,8 +19,8 @@ class Meters:
     steps: int = 0
     rows: int = 0
     tokens: int = 0
-    gradient_norm: float = 0.0
-    """Of the last step, before clipping."""
+    gradient_norm: float | None = None
+    """Of the step that is recorded, before clipping; None under ZeRO, whose optimizer knows."""
 
     def add(self, source: str, losses: dict[str, float], seconds: dict[str, float], rows: int, tokens: int) -> None:
         """Add one forward pass; `rows` and `tokens` are those of all ranks."""
@@ -40,7 +40,7 @@ class Meters:
         record["samples_per_s"] = self.rows / total
         if self.tokens:
             record["tokens_per_s"] = self.tokens / total
-        record |= {"gradient_norm": self.gradient_norm, "memory_peak_mb": peak_memory_mb()}
+        record["memory_peak_mb"] = peak_memory_mb()
         self.__init__()  # type: ignore[misc]
         return record
 

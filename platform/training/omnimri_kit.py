@@ -27,10 +27,11 @@ from omnimri.models.tokenizer import adopt_tokenizer, load_tokenizer, train_toke
 from omnimri.models.upcycling import check_shape, load_backbone
 from omnimri.models.vision import load_swin_weights
 from omnimri.models.vocabulary import STRUCTURES
+from omnimri.platform.data.draws import ViewOptions
 from omnimri.platform.data.licences import ANY, count_licences, licensed
 from omnimri.platform.data.shards import RowRef, Shards, StudyRef, load_row, studies
 from omnimri.platform.data.stream import SourceRows
-from omnimri.platform.data.views import SOURCES, ViewOptions, description_text
+from omnimri.platform.data.views import SOURCES, description_text
 from omnimri.platform.language.description import Description
 
 logger = logging.getLogger(__name__)

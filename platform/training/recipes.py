@@ -63,7 +63,7 @@ def tiny(name: str, data: Sequence[Folder], out: Folder) -> RunConfig:
 
 
 def tiny_long(name: str, data: Sequence[Folder], out: Folder) -> RunConfig:
-    """All four stages on two CPU cores, in an hour and a half; for the built-in corpus with 200 patients or more.
+    """All four stages on two CPU cores, in under two hours; for the built-in corpus with 200 patients or more.
 
     Command: `omnimri train --stage all --preset tiny-long --data DIR --out RUNDIR`
     """

@@ -22,8 +22,9 @@ from omnimri.models.tokenizer import train_tokenizer
 from omnimri.platform.corpus.anatomy import load_template
 from omnimri.platform.corpus.corpus import CorpusConfig, write_patient
 from omnimri.platform.corpus.patient import Patient
+from omnimri.platform.data.draws import ViewOptions
 from omnimri.platform.data.shards import Shards, load_row
-from omnimri.platform.data.views import SOURCES, ViewOptions, study_sample, text_sample
+from omnimri.platform.data.views import SOURCES, study_sample, text_sample
 from omnimri.platform.language.derive import derive
 from omnimri.platform.language.description import Description, description_schema
 from omnimri.platform.language.evidence import Evidence

@@ -11,6 +11,8 @@ import pytest
 
 from omnimri.models.boxes import Box
 from omnimri.models.detection import read_detection
+from omnimri.models.instructions import OUTLINED
+from omnimri.models.scan import Scan
 from omnimri.models.vocabulary import LESION
 from omnimri.platform.data.shards import Shards
 from omnimri.platform.evaluation.baselines import SenseSetting
@@ -24,7 +26,7 @@ from omnimri.platform.evaluation.summary import format_table, summarise
 from omnimri.platform.evaluation.text_cases import box_table, report_values
 from omnimri.platform.evaluation.workers import RUNNERS
 from omnimri.platform.tracking import Tracker, connect
-from tests.platform.evaluation_fakes import KnowingLoader, phantom_row, write_phantoms
+from tests.platform.evaluation_fakes import FakePrompt, KnowingEngine, KnowingLoader, phantom_row, write_phantoms
 
 CONFIG = EvaluateConfig(
     accelerations=(3,), center_fractions=(0.15,), max_slices=4, bootstrap_samples=100, tuning_volumes=1,
@@ -128,6 +130,35 @@ def test_against_a_root_sum_of_squares_all_lines_are_a_ceiling() -> None:
     combined = _case(row, "reconstruct")
     assert CEILING not in {record.method for record in combined.records}
     assert not np.array_equal(combined.picture["target"], squares.picture["target"])
+
+
+@dataclasses.dataclass(frozen=True)
+class ListeningEngine(KnowingEngine):
+    """Writes down what every text prompt is told of the drawing."""
+
+    told: list[tuple[str, bool, Any]] = dataclasses.field(default_factory=list)
+
+    def encode(self, scan: Scan, instruction: str, task: str) -> FakePrompt:
+        if task != "segment":
+            self.told.append((task, bool(np.ptp(scan.image) == 0), scan.facts.get(OUTLINED)))
+        return super().encode(scan, instruction, task)
+
+
+@pytest.mark.parametrize("task", ["detect", "diagnose", "report"])
+def test_text_is_told_what_the_model_draws_of_the_image_it_is_shown(task: str) -> None:
+    """The infarct of the phantom, and of a blank image nothing; no truth of the row reaches the prompt otherwise."""
+    row = phantom_row(1, split="test", patient=1)
+    for config, of_image, of_blank in (
+        (CONFIG, "1 lesion, up to ", "no lesion."),
+        (dataclasses.replace(CONFIG, outline=False), "", ""),
+    ):
+        engine = ListeningEngine({row["te_ms"]: row})
+        RUNNERS[task](CaseContext(engine=engine, config=config, settings=SETTINGS, frequencies=np.full(5, 0.2)), row)
+        assert {is_blank for _, is_blank, _ in engine.told} == {True, False}
+        for _, is_blank, outline in engine.told:
+            expected = of_blank if is_blank else of_image
+            assert outline is None if not expected else outline.startswith(expected)
+            assert is_blank or not expected or ": left [" in outline
 
 
 def test_an_unreadable_box_answer_is_counted_and_finds_nothing() -> None:

@@ -26,10 +26,11 @@ from omnimri.models.vocabulary import FINDINGS as FINDING_NAMES
 from omnimri.platform.corpus.anatomy import load_template
 from omnimri.platform.corpus.patient import Patient, Simulated, simulate
 from omnimri.platform.corpus.truth import LABEL_NAMES
+from omnimri.platform.data.draws import ViewOptions
 from omnimri.platform.data.labels import structure_mask
 from omnimri.platform.data.schema import SCHEMA
 from omnimri.platform.data.shards import Shards, load_row
-from omnimri.platform.data.views import SOURCES, ViewOptions, segmentation_sample, text_sample
+from omnimri.platform.data.views import SOURCES, segmentation_sample, text_sample
 from omnimri.platform.evaluation.text import label_text
 from omnimri.platform.language.description import Description
 from omnimri.platform.language.evidence import MAX_BOXES, Evidence

@@ -16,8 +16,9 @@ from omnimri.models.metrics import box_iou
 from omnimri.models.preprocess import Preprocess
 from omnimri.models.scan import Scan
 from omnimri.models.vocabulary import LESION, TISSUES
+from omnimri.platform.data.draws import ViewOptions
 from omnimri.platform.data.schema import FACTS
-from omnimri.platform.data.views import ViewOptions, text_sample
+from omnimri.platform.data.views import text_sample
 from omnimri.platform.language.outline import drawn_outline, imagined_outline, outlined
 from tests.platform.language_cases import Stored, lesions_of, mirrored, random_case, true_sides
 

@@ -15,11 +15,12 @@ from omnimri.models.preprocess import Preprocess
 from omnimri.models.quantities import quantity_of
 from omnimri.models.scan import Scan
 from omnimri.platform.data.catalogue.entries import catalogue
+from omnimri.platform.data.draws import ViewOptions
 from omnimri.platform.data.intake.config import IngestConfig
 from omnimri.platform.data.intake.ingest import ingest
 from omnimri.platform.data.shards import Shards, load_row
 from omnimri.platform.data.undersampling import reconstruction_arrays
-from omnimri.platform.data.views import SOURCES, ViewOptions
+from omnimri.platform.data.views import SOURCES
 from omnimri.serve.config import UploadLimits
 from omnimri.serve.intake import read_upload
 from tests.platform.intake_fakes import coil_kspace, oblique_affine, random_image, save_fastmri, save_nifti

@@ -12,11 +12,11 @@ from omnimri.models.physics import estimate_sens_maps
 from omnimri.models.preprocess import Preprocess
 from omnimri.models.resample import pad_or_crop
 from omnimri.models.vocabulary import DENSE_LABELS, FINDINGS, LESION, TISSUES
+from omnimri.platform.data.draws import ViewOptions
 from omnimri.platform.data.labels import structure_mask
 from omnimri.platform.data.patches import draw_corners
 from omnimri.platform.data.shards import Shards, load_row, row_to_scan
 from omnimri.platform.data.views import (
-    ViewOptions,
     labelled_sample,
     labelled_slices_sample,
     reconstruction_sample,

@@ -305,6 +305,7 @@ def test_text_is_answered_while_an_image_is_computed_and_a_full_queue_says_when_
             report = post(client, "report", nifti).raise_for_status().json()
             assert NOT_OUTLINED in report["warnings"]
             assert not any("Told" in warning for warning in report["warnings"])
+            assert NOT_OUTLINED in post(client, "report", nifti, stream="true").raise_for_status().text
             assert not long.done()
             waiting = [pool.submit(post, client, "segment", nifti) for _ in range(2)]
             done, _ = concurrent.futures.wait(waiting, return_when=concurrent.futures.FIRST_COMPLETED)
