@@ -60,6 +60,8 @@ def test_configurations_that_cannot_work_are_refused() -> None:
         ImageConfig(min_replicas=3, max_replicas=2)
     with pytest.raises(ValueError, match="known: transformers, vllm"):
         TextConfig(backend="magic")
+    with pytest.raises(ValueError, match="outline_timeout_s must be positive, found 0"):
+        TextConfig(outline_timeout_s=0)
 
 
 def ask(gate: Gate, path: str, *, client: str = "127.0.0.1", **options: object) -> httpx.Response:
